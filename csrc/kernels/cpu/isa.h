@@ -1,0 +1,39 @@
+// What one instruction set offers: a table of functions, filled once per compilation of kernels.h.
+#pragma once
+
+#include "../params.h"
+
+namespace fastkd {
+
+// Columns of a block: both rows, both exponentials of a block stay in a 32 KiB first-level cache beside their source.
+constexpr int kBlock = 2048;
+
+inline constexpr int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
+
+// Memory of one row under way: whole padded rows of exponentials, and sums per block.
+struct RowScratch {
+  float *exp_s, *exp_t, *exp_hard;
+  Piece* pieces;
+  TermSums* terms;
+};
+
+struct CpuKernels {
+  const char* name;
+  int lanes;  // floats per vector
+  // rows [begin, end), each by the calling thread alone
+  void (*rows)(const LossParams&, int64_t begin, int64_t end, const RowScratch&);
+  // one row by all threads of the executor
+  void (*shared_row)(const LossParams&, int64_t row, const RowScratch&, const Executor&);
+  void (*rescale)(const RescaleParams&, int64_t begin, int64_t end);
+};
+
+extern const CpuKernels kBaselineKernels, kAvx2Kernels, kAvx512Kernels;
+
+// The kernels in use: the best that this machine runs, or the one that FASTKD_CPU_ISA names. nullptr where it names
+// none that runs here; `error` then says which do. Decided once.
+const CpuKernels* selected_kernels(const char** error);
+
+// Names of the instruction sets that this machine runs, best last, separated by commas.
+const char* runnable_isas();
+
+}  // namespace fastkd

@@ -1,0 +1,162 @@
+// Host side of the CPU kernels: value checks, the denominator, scratch memory, and how rows meet threads.
+#include "launch.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "isa.h"
+
+namespace fastkd {
+namespace {
+
+constexpr int64_t kAlignment = 64;            // bytes: one cache line, one AVX-512 vector
+constexpr int64_t kHugePage = int64_t{1} << 21;
+constexpr int64_t kSerialColumns = 16384;     // work below which waking a second thread costs more than it saves
+constexpr int64_t kSharedRowCost = 12;        // blocks that one thread does while a shared row's steps synchronise
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Scratch of one thread, kept between calls: a fresh megabyte a call would be page faults every time.
+class ThreadScratch {
+ public:
+  RowScratch for_columns(int64_t columns) {
+    const int64_t blocks = blocks_of(columns), width = blocks * kBlock;
+    const int64_t floats = 3 * width * static_cast<int64_t>(sizeof(float));
+    const int64_t pieces = blocks * static_cast<int64_t>(sizeof(Piece));
+    const int64_t bytes = floats + pieces + blocks * static_cast<int64_t>(sizeof(TermSums));
+    if (bytes > capacity_) {
+      capacity_ = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+      memory_.reset(std::aligned_alloc(kAlignment, static_cast<size_t>(capacity_)));
+      if (!memory_) {
+        capacity_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    float* exponentials = static_cast<float*>(memory_.get());
+    char* rest = static_cast<char*>(memory_.get()) + floats;
+    return {exponentials, exponentials + width, exponentials + 2 * width, reinterpret_cast<Piece*>(rest),
+            reinterpret_cast<TermSums*>(rest + pieces)};
+  }
+
+ private:
+  std::unique_ptr<void, Free> memory_;
+  int64_t capacity_ = 0;
+};
+
+thread_local ThreadScratch thread_scratch;
+
+Status check_values(const LossParams& p) {
+  for (int64_t n = 0; n < p.rows; ++n) {
+    if (p.ignored(n)) continue;
+    if (p.labels && (p.labels[n] < 0 || p.labels[n] >= p.columns)) return {Status::label_out_of_range, n};
+    if (p.temperatures && !(p.temperatures[n] > 0 && std::isfinite(p.temperatures[n]))) {
+      return {Status::bad_temperature, n};
+    }
+  }
+  return {};
+}
+
+// 1 / denominator of the mean; a denominator of 0 (no token) leaves the sum, which is 0, as it is.
+double normaliser(const LossCall& call) {
+  if (call.reduction != Reduction::mean) return 1;
+  double denominator = 0;
+  if (call.num_items) {
+    denominator = *call.num_items;
+  } else {
+    for (int64_t n = 0; n < call.params.rows; ++n)
+      if (!call.params.ignored(n)) denominator += call.params.weight(n);
+  }
+  return denominator == 0 ? 1 : 1 / denominator;
+}
+
+// A fresh gradient is first touched by the threads that write it; most of its cost would be 4 KiB page faults.
+void advise_huge_pages(const LossParams& p) {
+#if defined(__linux__)
+  const int64_t bytes = p.rows * p.gradient_columns * size_of(p.gradient.dtype);
+  if (!p.fresh_gradient || bytes < 2 * kHugePage) return;
+  const auto begin = (reinterpret_cast<uintptr_t>(p.gradient.data) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto end = (reinterpret_cast<uintptr_t>(p.gradient.data) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure is harmless
+#else
+  (void)p;
+#endif
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether threads should share each row instead of taking rows of their own: in blocks of the busiest thread's work.
+bool rows_are_shared(const LossParams& p, int threads) {
+  if (threads <= 1 || p.rows * p.columns < kSerialColumns) return false;
+  const int64_t blocks = blocks_of(p.columns);
+  const int64_t own = divide_up(p.rows, threads) * blocks;
+  const int64_t shared = p.rows * (divide_up(blocks, threads) + kSharedRowCost);
+  return shared < own;
+}
+
+void compute_rows(const LossParams& p, const CpuKernels& kernels, const Executor& executor) {
+  if (rows_are_shared(p, executor.threads)) {
+    const RowScratch scratch = thread_scratch.for_columns(p.columns);
+    for (int64_t n = 0; n < p.rows; ++n) kernels.shared_row(p, n, scratch, executor);
+    return;
+  }
+  struct Context {
+    const LossParams& params;
+    const CpuKernels& kernels;
+  } context{p, kernels};
+  const auto body = [](void* c, int64_t begin, int64_t end) {
+    const auto& [params, table] = *static_cast<Context*>(c);
+    table.rows(params, begin, end, thread_scratch.for_columns(params.columns));
+  };
+  executor.run(p.rows, divide_up(kSerialColumns, p.columns), body, &context);
+}
+
+}  // namespace
+
+Status run_loss_cpu(LossCall call, const Executor& executor) {
+  LossParams& p = call.params;
+  const Status status = check_values(p);
+  if (status.code != Status::ok) return status;
+  const double normalise = normaliser(call);
+  // fp16 keeps the gradient of the sum: (q - p) / N would underflow before a loss scaler could save it
+  const bool store_normalised = p.gradient.dtype != DType::float16;
+  p.gradient_scale = store_normalised ? static_cast<float>(normalise) : 1.0f;
+  *call.pending_scale = store_normalised ? 1.0f : static_cast<float>(normalise);
+
+  std::vector<float> row_loss;
+  if (call.reduction != Reduction::none) row_loss.resize(static_cast<size_t>(p.rows));
+  p.row_loss = call.reduction == Reduction::none ? call.loss : row_loss.data();
+  const char* error = "";
+  if (p.rows > 0) {
+    advise_huge_pages(p);
+    compute_rows(p, *selected_kernels(&error), executor);
+  }
+  if (call.reduction == Reduction::none) return status;
+  double total = 0;  // in row order: the same bits whoever computed the rows
+  for (const float loss : row_loss) total += loss;
+  *call.loss = static_cast<float>(total * normalise);
+  return status;
+}
+
+void run_rescale_cpu(const RescaleParams& params, const Executor& executor) {
+  struct Context {
+    const RescaleParams& params;
+    const CpuKernels& kernels;
+  };
+  const char* error = "";
+  Context context{params, *selected_kernels(&error)};
+  const auto body = [](void* c, int64_t begin, int64_t end) {
+    static_cast<Context*>(c)->kernels.rescale(static_cast<Context*>(c)->params, begin, end);
+  };
+  if (params.rows > 0) executor.run(params.rows, divide_up(kSerialColumns, params.columns), body, &context);
+}
+
+}  // namespace fastkd

@@ -1,0 +1,195 @@
+// The sweeps over one block of a row, which is small enough to stay in the first-level cache.
+#pragma once
+
+#include "../../core/accumulators.h"
+#include "../../core/divergence.h"
+#include "simd.h"
+
+namespace fastkd {
+namespace {
+
+// Where the student's exponential at T = 1 comes from.
+enum class Hard {
+  none,    // no cross-entropy, or T = 1 where it equals the tempered one
+  square,  // T = 2: the square of the tempered one
+  power,   // T = 3 ... 8: its integer power, stored
+  own,     // any other T: an exponential of its own, stored
+};
+
+constexpr int kMaxPower = 8;  // the power multiplies the relative error of 2^y
+
+FASTKD_FN Hard hard_source(float temperature, bool needed) {
+  if (!needed || temperature == 1) return Hard::none;
+  if (temperature == 2) return Hard::square;
+  const bool integer = temperature == static_cast<float>(static_cast<int>(temperature < 16 ? temperature : 0.5f));
+  return integer && temperature > 1 && temperature <= kMaxPower ? Hard::power : Hard::own;
+}
+
+// One block of both rows. n is padded to whole lane groups; the arrays of exponentials are written, and may be the
+// memory of the logits.
+struct BlockView {
+  const float* student;
+  const float* teacher;
+  int n;
+  float *exp_s, *exp_t, *exp_hard;
+};
+
+// First sweep: exponentials of both models and the sums of them that a divergence needs.
+template <bool kDotTeacher, bool kDotStudent, Hard kHard>
+void first_sweep(const BlockView& b, VecExponent exponent_s, VecExponent exponent_t, float temperature, Piece& piece) {
+  Vec sum_s(0.0f), sum_t(0.0f), sum_hard(0.0f), dot_t(0.0f), dot_s(0.0f);
+  const Vec t(temperature);
+  const int power = static_cast<int>(temperature);
+  for (int i = 0; i < b.n; i += kLanes) {
+    const Vec y_s = exponent_s(Vec::load(b.student + i)), y_t = exponent_t(Vec::load(b.teacher + i));
+    const Vec e_s = exp2(y_s), e_t = exp2(y_t);
+    sum_s += e_s;
+    sum_t += e_t;
+    if constexpr (kDotTeacher) dot_t += weigh(e_t, y_t - y_s);
+    if constexpr (kDotStudent) dot_s += weigh(e_s, y_s - y_t);
+    if constexpr (kHard == Hard::square) sum_hard += e_s * e_s;
+    if constexpr (kHard == Hard::power || kHard == Hard::own) {
+      Vec hard = e_s;
+      if constexpr (kHard == Hard::own) {
+        hard = exp2(t * y_s);
+      } else {
+        for (int k = 1; k < power; ++k) hard = hard * e_s;
+      }
+      hard.store(b.exp_hard + i);
+      sum_hard += hard;
+    }
+    e_s.store(b.exp_s + i);
+    e_t.store(b.exp_t + i);
+  }
+  piece.sum_s = sum_lanes(sum_s);
+  piece.sum_t = sum_lanes(sum_t);
+  piece.sum_hard = kHard == Hard::none ? piece.sum_s : sum_lanes(sum_hard);
+  piece.dot_t = sum_lanes(dot_t);
+  piece.dot_s = sum_lanes(dot_s);
+}
+
+template <bool kDotTeacher, bool kDotStudent>
+FASTKD_FN void first_sweep_hard(Hard hard, const BlockView& b, VecExponent s, VecExponent t, float temperature,
+                                Piece& piece) {
+  switch (hard) {
+    case Hard::none: return first_sweep<kDotTeacher, kDotStudent, Hard::none>(b, s, t, temperature, piece);
+    case Hard::square: return first_sweep<kDotTeacher, kDotStudent, Hard::square>(b, s, t, temperature, piece);
+    case Hard::power: return first_sweep<kDotTeacher, kDotStudent, Hard::power>(b, s, t, temperature, piece);
+    case Hard::own: return first_sweep<kDotTeacher, kDotStudent, Hard::own>(b, s, t, temperature, piece);
+  }
+}
+
+FASTKD_FN void first_sweep_of(Divergence d, Hard hard, const BlockView& b, VecExponent s, VecExponent t,
+                              float temperature, Piece& piece) {
+  switch (d) {
+    case Divergence::forward_kl: return first_sweep_hard<true, false>(hard, b, s, t, temperature, piece);
+    case Divergence::reverse_kl: return first_sweep_hard<false, true>(hard, b, s, t, temperature, piece);
+    case Divergence::symmetric_kl: return first_sweep_hard<true, true>(hard, b, s, t, temperature, piece);
+    default: return first_sweep_hard<false, false>(hard, b, s, t, temperature, piece);
+  }
+}
+
+// sum of y over the first n columns (not padded), for label smoothing.
+float linear_sum(const float* logits, int n, VecExponent exponent) {
+  Vec sum(0.0f);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += exponent(Vec::load(logits + i));
+  float y[kLanes];
+  float rest = 0;
+  if (i < n) exponent(Vec::load(logits + i)).store(y);
+  for (int j = i; j < n; ++j) rest += y[j - i];
+  return sum_lanes(sum) + rest;
+}
+
+// sum of 2^y y over n (padded) columns, for the entropy.
+float entropy_sum(const float* logits, int n, VecExponent exponent) {
+  Vec sum(0.0f);
+  for (int i = 0; i < n; i += kLanes) {
+    const Vec y = exponent(Vec::load(logits + i));
+    sum += weigh(exp2(y), y);
+  }
+  return sum_lanes(sum);
+}
+
+FASTKD_FN Top find_top(const float* logits, int n, float largest, int64_t first_column) {
+  for (int i = 0; i < n; ++i)
+    if (logits[i] == largest) return {largest, first_column + i};
+  return {};
+}
+
+// What turns stored exponentials and logits into log-probabilities of the row: see term_sweep.
+struct RowScales {
+  float student, teacher, hard;    // 2^(piece reference - row reference), over the row's denominator
+  float log2_ratio;                // log2 of the student's denominator over the teacher's
+};
+
+// Second sweep: dlogq of every column replaces the teacher's exponential; returns the sums of term and dlogq.
+template <Divergence kDivergence>
+TermSums term_sweep(const BlockView& b, VecExponent exponent_s, VecExponent exponent_t, const RowScales& scales,
+                    float beta) {
+  const Vec scale_s(scales.student), scale_t(scales.teacher), log2_ratio(scales.log2_ratio), ln2(kLn2);
+  Vec value(0.0f), dlogq(0.0f);
+  for (int i = 0; i < b.n; i += kLanes) {
+    const Vec y_s = exponent_s(Vec::load(b.student + i)), y_t = exponent_t(Vec::load(b.teacher + i));
+    const Column<Vec> column{scale_t * Vec::load(b.exp_t + i), scale_s * Vec::load(b.exp_s + i),
+                             ln2 * ((y_t - y_s) + log2_ratio)};
+    const Term<Vec> term = DivergenceTerm<kDivergence>::at(column, beta);
+    value += term.value;
+    dlogq += term.dlogq;
+    term.dlogq.store(b.exp_t + i);
+  }
+  return {sum_lanes(value), sum_lanes(dlogq)};
+}
+
+FASTKD_FN TermSums term_sweep_of(Divergence d, const BlockView& b, VecExponent s, VecExponent t, const RowScales& scales,
+                                 float beta) {
+  switch (d) {
+    case Divergence::forward_kl: return {};  // its dlogq is the teacher's exponential up to a factor
+    case Divergence::reverse_kl: return term_sweep<Divergence::reverse_kl>(b, s, t, scales, beta);
+    case Divergence::symmetric_kl: return term_sweep<Divergence::symmetric_kl>(b, s, t, scales, beta);
+    case Divergence::jsd: return term_sweep<Divergence::jsd>(b, s, t, scales, beta);
+    case Divergence::total_variation: return term_sweep<Divergence::total_variation>(b, s, t, scales, beta);
+    case Divergence::skew_forward_kl: return term_sweep<Divergence::skew_forward_kl>(b, s, t, scales, beta);
+    case Divergence::skew_reverse_kl: return term_sweep<Divergence::skew_reverse_kl>(b, s, t, scales, beta);
+  }
+  return {};
+}
+
+// Coefficients of one block's stored numbers in the gradient.
+struct BlockCoefficients {
+  float student, dlogq, hard, constant;
+};
+
+// Last sweep: the gradient of n (padded) columns in fp32.
+template <Hard kHard>
+void gradient_sweep(const BlockView& b, const BlockCoefficients& c, float* gradient) {
+  const Vec student(c.student), dlogq(c.dlogq), hard(c.hard), constant(c.constant);
+  for (int i = 0; i < b.n; i += kLanes) {
+    const Vec e_s = Vec::load(b.exp_s + i);
+    Vec d = dlogq * Vec::load(b.exp_t + i) + constant;
+    if constexpr (kHard == Hard::none) d = student * e_s + d;
+    if constexpr (kHard == Hard::square) d = (hard * e_s + student) * e_s + d;
+    if constexpr (kHard == Hard::power) d = hard * Vec::load(b.exp_hard + i) + (student * e_s + d);
+    d.store(gradient + i);
+  }
+}
+
+FASTKD_FN void gradient_sweep_of(Hard hard, const BlockView& b, BlockCoefficients c, float* gradient) {
+  if (hard == Hard::square) return gradient_sweep<Hard::square>(b, c, gradient);
+  if (hard == Hard::power || hard == Hard::own) return gradient_sweep<Hard::power>(b, c, gradient);
+  c.student += c.hard;  // T = 1: one exponential serves both
+  gradient_sweep<Hard::none>(b, c, gradient);
+}
+
+// Chain rule of s <- c tanh(s / c): times 1 - (s / c)^2; 0 at a mask.
+FASTKD_FN void apply_softcap_gradient(const float* capped_logits, int n, float softcap, float* gradient) {
+  const Vec inverse_cap(1.0f / softcap), one(1.0f), zero(0.0f), masked(minus_infinity());
+  for (int i = 0; i < n; i += kLanes) {
+    const Vec x = Vec::load(capped_logits + i), u = x * inverse_cap;
+    const Vec slope = select(x > masked, one - u * u, zero);
+    (slope * Vec::load(gradient + i)).store(gradient + i);
+  }
+}
+
+}  // namespace
+}  // namespace fastkd

@@ -1,0 +1,52 @@
+// The module fastkd._C and the schemas of torch.ops.fastkd: the single source of both operators' signatures.
+#include <Python.h>
+
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+
+#include "../kernels/cpu/isa.h"
+
+// Everything of the loss but the way its gradient leaves. `(…)` is the leading shape of the logits.
+#define FASTKD_LOSS_ARGUMENTS                                                                                    \
+  "Tensor teacher_logits, Tensor? labels, Tensor? token_weights, Tensor? temperatures, Tensor? num_items, "      \
+  "str divergence, float beta, float temperature, bool scale_by_t2, float kd_weight, float ce_weight, "          \
+  "float label_smoothing, float z_loss, float? student_softcap, float? teacher_softcap, int ignore_index, "      \
+  "str reduction, bool with_stats"
+
+STABLE_TORCH_LIBRARY(fastkd, m) {
+  // -> loss, gradient (empty without with_gradient), pending scale of the gradient, stats (5, ...) or empty
+  m.def("kd_forward(Tensor student_logits, " FASTKD_LOSS_ARGUMENTS
+        ", bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Overwrites student_logits with the gradient. -> loss, pending scale, stats
+  m.def("kd_forward_(Tensor(a!) student_logits, " FASTKD_LOSS_ARGUMENTS ") -> (Tensor, Tensor, Tensor)");
+  // gradient * upstream * pending, row by row; upstream is 0-d or (...)
+  m.def("kd_rescale(Tensor gradient, Tensor upstream, Tensor pending) -> Tensor");
+  m.def("kd_rescale_(Tensor(a!) gradient, Tensor upstream, Tensor pending) -> ()");
+}
+
+namespace {
+
+PyObject* cpu_isa(PyObject*, PyObject*) {
+  const char* error = "";
+  const fastkd::CpuKernels* kernels = fastkd::selected_kernels(&error);
+  if (!kernels) {
+    PyErr_SetString(PyExc_ValueError, error);
+    return nullptr;
+  }
+  return PyUnicode_FromString(kernels->name);
+}
+
+PyObject* cpu_isas(PyObject*, PyObject*) { return PyUnicode_FromString(fastkd::runnable_isas()); }
+
+PyMethodDef methods[] = {
+    {"cpu_isa", cpu_isa, METH_NOARGS, "Instruction set of the CPU kernels in use; ValueError if FASTKD_CPU_ISA names none."},
+    {"cpu_isas", cpu_isas, METH_NOARGS, "Instruction sets that this machine runs, separated by commas."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

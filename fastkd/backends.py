@@ -1,0 +1,86 @@
+"""Which backend computes: what is built, what would run for given tensors, and why not the others."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import checks, ops
+
+# in the order in which ``auto`` tries them
+ORDER = ("native", "eager")
+
+
+class Explanation(NamedTuple):
+    """The answer of :func:`explain`; prints as a small table."""
+
+    backend: str  # the one that would run; "" if none
+    reasons: dict[str, str]  # backend -> why it runs, would run, or does not
+
+    def __repr__(self) -> str:
+        lines = [f"{'->' if name == self.backend else '  '} {name:8} {why}" for name, why in self.reasons.items()]
+        return "\n".join(lines)
+
+    __str__ = __repr__
+
+
+def _why_not_native(student_logits: Tensor, teacher_logits: Tensor) -> str | None:
+    """Why the native operators cannot take these logits; None if they can."""
+    if ops.load_error or ops.isa_error:
+        return ops.load_error or ops.isa_error
+    if student_logits.device.type not in ops.native_devices():
+        return f"built for {', '.join(ops.native_devices())}; the logits are on {student_logits.device.type}"
+    for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if x.dtype not in checks.LOGIT_DTYPES:
+            return f"takes float32, bfloat16 and float16; {name} is {str(x.dtype).removeprefix('torch.')}"
+    return None
+
+
+def select_backend(backend: str, student_logits: Tensor, teacher_logits: Tensor) -> str:
+    """The backend that computes these logits. Raises RuntimeError where an explicit one cannot."""
+    if backend == "eager":
+        return "eager"
+    if ops.isa_error and student_logits.device.type == "cpu":
+        raise ValueError(ops.isa_error)  # a forced instruction set is an order, so auto does not pass over it
+    why_not = _why_not_native(student_logits, teacher_logits)
+    if why_not is None:
+        return "native"
+    if backend == "native":
+        raise RuntimeError(f"backend='native' cannot run: {why_not}; use backend='auto' or 'eager'")
+    return "eager"
+
+
+def explain(student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "auto") -> Explanation:
+    """Which backend :func:`fastkd.kd_loss` would use for these logits, and why not the others.
+
+    Logits as in :func:`fastkd.kd_loss`; nothing is computed. Print the result.
+    """
+    why_not = _why_not_native(student_logits, teacher_logits)
+    chosen = backend if backend == "eager" or why_not is None and backend == "native" else ""
+    if backend == "auto":
+        chosen = "native" if why_not is None else "eager"
+    native = why_not or f"C++ kernels, {ops.cpu_isa()} on the CPU: one read of the logits, gradient in the same pass"
+    reasons = {
+        "native": native,
+        "eager": "torch operations and autograd: any device, any dtype up to float64, about 20 N x V tensors of traffic",
+    }
+    if chosen == "native":
+        reasons["eager"] += " (auto takes it where native cannot run)" if backend == "auto" else " (not asked for)"
+    elif chosen == "eager" and why_not is None:
+        reasons["native"] += " (not asked for)"
+    return Explanation(chosen, reasons)
+
+
+def backends() -> Explanation:
+    """What is built on this machine: each backend with its devices, instruction sets, or the reason it is missing."""
+    why_not = ops.load_error or ops.isa_error
+    if why_not:
+        native = f"not available: {why_not}"
+    else:
+        available = ", ".join(ops.cpu_isas())
+        native = (
+            f"{', '.join(ops.native_devices())}; instruction set {ops.cpu_isa()} (this machine runs: {available}; "
+            "FASTKD_CPU_ISA forces one)"
+        )
+    return Explanation("eager" if why_not else "native", {"native": native, "eager": "any device that torch has"})

@@ -1,0 +1,128 @@
+"""The eager backend: DESIGN §1 written in differentiable torch ops, for any device and up to fp64.
+
+It materialises what the kernels do not, so it is the fallback and the yardstick, not the fast path.
+Gradients come from autograd, which makes it a check on the hand-derived ones of the kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .options import Options
+from .stats import KDStats
+
+
+def _where_positive(weight: Tensor, value: Tensor) -> Tensor:
+    """``weight * value`` that is 0, with gradient 0, wherever ``weight`` is 0 (``value`` may be infinite there)."""
+    return weight * torch.where(weight > 0, value, torch.zeros_like(value))
+
+
+def _log_mixture(lp: Tensor, lq: Tensor, teacher_share: float) -> Tensor:
+    """log(share p + (1 - share) q); 0 where both are 0, where nothing may use it."""
+    absent = torch.isneginf(lp) & torch.isneginf(lq)
+    a = torch.where(absent, torch.zeros_like(lp), lp)
+    b = torch.where(absent, torch.zeros_like(lq), lq)
+    share = torch.as_tensor(teacher_share, dtype=lp.dtype, device=lp.device)
+    return torch.logaddexp(a + share.log(), b + torch.log1p(-share))
+
+
+def divergence_terms(divergence: str, beta: float, lp: Tensor, lq: Tensor) -> Tensor:
+    """term(lp, lq) of DESIGN §1 for every column; lp, lq: log-probabilities ``(..., V)`` of teacher and student."""
+    p, q = lp.exp(), lq.exp()
+    if divergence == "total_variation":
+        return 0.5 * (p - q).abs()
+    forward = lambda log_m: _where_positive(p, torch.where(p > 0, lp, 0.0) - log_m)  # noqa: E731
+    reverse = lambda log_m: _where_positive(q, torch.where(q > 0, lq, 0.0) - log_m)  # noqa: E731
+    if divergence == "forward_kl":
+        return forward(torch.where(p > 0, lq, 0.0))
+    if divergence == "reverse_kl":
+        return reverse(torch.where(q > 0, lp, 0.0))
+    if divergence == "symmetric_kl":
+        return beta * forward(torch.where(p > 0, lq, 0.0)) + (1 - beta) * reverse(torch.where(q > 0, lp, 0.0))
+    if divergence == "jsd":
+        log_m = _log_mixture(lp, lq, beta)
+        return beta * forward(log_m) + (1 - beta) * reverse(log_m)
+    if divergence == "skew_forward_kl":
+        return forward(_log_mixture(lp, lq, beta))
+    if divergence == "skew_reverse_kl":
+        return reverse(_log_mixture(lp, lq, 1 - beta))
+    raise ValueError(f"divergence={divergence!r} is not known to the eager backend")
+
+
+def _cross_entropy(student: Tensor, labels: Tensor, options: Options) -> Tensor:
+    """(...) cross-entropy at T = 1 with label smoothing and z-loss; student: ``(..., V)``, labels in range."""
+    lse = student.logsumexp(-1)
+    smoothing = options.label_smoothing
+    ce = lse - (1 - smoothing) * student.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    if smoothing != 0:
+        ce = ce - smoothing * student.mean(-1)
+    return ce + options.z_loss * lse.square()
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return -_where_positive(log_probs.exp(), log_probs).sum(-1)
+
+
+def _softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    """c tanh(logits / c); -inf stays a mask."""
+    if softcap is None:
+        return logits
+    return torch.where(torch.isneginf(logits), logits, softcap * torch.tanh(logits / softcap))
+
+
+def _reduce(loss: Tensor, weights: Tensor, options: Options, num_items: Tensor | None) -> Tensor:
+    if options.reduction == "none":
+        return loss
+    total = loss.sum()
+    if options.reduction == "sum":
+        return total
+    denominator = weights.sum() if num_items is None else num_items.to(total.dtype)
+    return total / torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+
+
+def eager_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    temperature: Tensor | None,
+    num_items: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, KDStats | None]:
+    """Arguments as validated by :func:`fastkd.kd_loss`. Returns the reduced loss (fp32, or fp64 for fp64 logits)
+    and, with ``return_stats``, the statistics. ``temperature``: ``(...)`` per token, or None for the option's float.
+    """
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    student, teacher = student_logits[..., :vocab].to(dtype), teacher_logits[..., :vocab].to(dtype)
+    valid = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    if labels is not None:
+        valid = labels != options.ignore_index
+        labels = torch.where(valid, labels, 0)
+    # ignored rows may hold NaN: replaced before any arithmetic, so that their gradient is exactly 0
+    student = torch.where(valid.unsqueeze(-1), student, 0.0)
+    teacher = torch.where(valid.unsqueeze(-1), teacher, 0.0)
+    student = _softcapped(student, options.student_softcap)
+    teacher = _softcapped(teacher, options.teacher_softcap)
+
+    t = options.temperature if temperature is None else torch.where(valid, temperature, 1.0).to(dtype).unsqueeze(-1)
+    lq, lp = torch.log_softmax(student / t, -1), torch.log_softmax(teacher / t, -1)
+    kd = divergence_terms(options.divergence, options.beta, lp, lq).sum(-1)
+    t_squared = t * t if temperature is None else (t * t).squeeze(-1)
+    loss = options.kd_weight * (kd * t_squared if options.scale_by_t2 else kd)
+    ce = torch.zeros_like(kd)
+    if labels is not None and (options.ce_weight != 0 or options.return_stats):
+        ce = _cross_entropy(student, labels, options)
+    if options.ce_weight != 0:
+        loss = loss + options.ce_weight * ce
+
+    weights = valid.to(dtype) if token_weights is None else torch.where(valid, token_weights.to(dtype), 0.0)
+    loss = torch.where(valid, weights * loss, 0.0)
+    reduced = _reduce(loss, weights, options, num_items)
+    if not options.return_stats:
+        return reduced, None
+    with torch.no_grad():
+        agree = (lq.argmax(-1) == lp.argmax(-1)).to(dtype)
+        rows = (kd.detach(), ce.detach(), _entropy(lq.detach()), _entropy(lp.detach()), agree)
+        return reduced, KDStats(*(torch.where(valid, row, 0.0).float() for row in rows))

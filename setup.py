@@ -1,0 +1,81 @@
+"""Builds fastkd._C: one stable-ABI extension (torch >= 2.10, Python >= 3.10) with a kernel per CPU instruction set."""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+NO_COMPILER = """
+fastkd needs a C++17 compiler and found none ({tried}).
+  Debian, Ubuntu:  apt-get install g++        Fedora:  dnf install gcc-c++        macOS:  xcode-select --install
+  or name one:     CXX=/path/to/g++ pip install ...
+"""
+NO_TORCH = """
+fastkd builds against an installed PyTorch >= 2.10 and could not import it ({error}).
+  pip install torch ninja "setuptools>=77" wheel && pip install --no-build-isolation .
+"""
+
+
+def find_compiler() -> str:
+    """The C++ compiler that will be used; ends the build with one readable message if there is none."""
+    named = os.environ.get("CXX", "").split()
+    if not named:
+        os.environ.pop("CXX", None)  # set but empty: setuptools would run the first flag as the compiler
+    for candidate in named[:1] or ("c++", "g++", "clang++"):
+        if shutil.which(candidate):
+            return candidate
+    raise SystemExit(NO_COMPILER.format(tried=f"CXX={named[0]}" if named else "c++, g++, clang++"))
+
+
+find_compiler()
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError as error:
+    raise SystemExit(NO_TORCH.format(error=error)) from None
+
+CPU = Path("csrc/kernels/cpu")
+FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter", "-g0"]
+FLAGS += [f"-ffile-prefix-map={Path.cwd()}/="]  # error messages name csrc/..., not the build machine's folders
+ISA_FLAGS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    # gcc 12 takes the undefined operand of its own AVX-512 intrinsics for an uninitialised variable
+    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+
+
+class Build(BuildExtension):
+    """Compiles each instruction set with its own flags, then the rest as torch does it."""
+
+    def build_extensions(self) -> None:
+        headers = [str(path) for path in sorted(Path("csrc").rglob("*.h"))]
+        for extension in self.extensions:
+            extension.depends = headers
+            extension.extra_objects = [
+                obj
+                for isa, flags in ISA_FLAGS.items()
+                for obj in self.compiler.compile(
+                    [str(CPU / f"isa_{isa}.cpp")],
+                    output_dir=self.build_temp,
+                    extra_postargs=FLAGS + flags,
+                    depends=headers,
+                )
+            ]
+        super().build_extensions()
+
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "fastkd._C",
+            ["csrc/torch/library.cpp", "csrc/torch/cpu_ops.cpp", str(CPU / "launch.cpp"), str(CPU / "select.cpp")],
+            py_limited_api=True,
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+            extra_compile_args=FLAGS,
+        )
+    ],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
