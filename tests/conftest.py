@@ -1,0 +1,33 @@
+"""What the whole suite shares: the header that says what is under test, and torch kept to the threads it is given."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import ops
+
+
+def pytest_report_header() -> list[str]:
+    """The build under test: versions, backends, instruction set, threads."""
+    built = fastkd.backends().reasons
+    return [
+        f"fastkd {fastkd.__version__}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads",
+        f"native: {built['native']}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def native() -> str:
+    """Name of the native backend; skips where it is not built or FASTKD_CPU_ISA forbids it."""
+    if ops.load_error or ops.isa_error:
+        pytest.skip(ops.load_error or ops.isa_error)
+    return "native"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
