@@ -18,9 +18,19 @@ struct Top {
   }
 };
 
-// Sums over a piece, all relative to the piece's own references. y_s, y_t: exponents of student and teacher at T.
+// What a row's exponents have in common.
+struct Softening {
+  float temperature = 1;
+  float slope = kLog2e;  // log2(e) / T
+
+  FASTKD_METHOD Exponent<float> relative_to(float reference) const { return {finite_reference(reference), slope}; }
+  // log2 of the factor from sums relative to `from` to sums relative to `to`, which is at least as large
+  FASTKD_METHOD float shift(float from, float to) const { return (from - finite_reference(to)) * slope; }
+};
+
+// Sums over a piece, all relative to the piece's own largest logits. y_s, y_t: exponents of student and teacher at T.
 struct Piece {
-  float reference_s = minus_infinity(), reference_t = minus_infinity();
+  float largest_s = minus_infinity(), largest_t = minus_infinity();
   float sum_s = 0, sum_t = 0;          // sum of 2^y: the softmax denominators
   float sum_hard = 0;                  // sum of 2^(T y_s): the student's denominator at T = 1
   float dot_t = 0, dot_s = 0;          // sum of 2^y_t (y_t - y_s), and of 2^y_s (y_s - y_t)
@@ -29,31 +39,28 @@ struct Piece {
   float columns = 0;
   Top top_s, top_t;
 
-  // Restates the sums relative to larger or equal references.
-  FASTKD_METHOD void rebase(float new_s, float new_t, float temperature) {
-    const float shift_s = reference_s - finite_reference(new_s), shift_t = reference_t - finite_reference(new_t);
+  // Restates the sums relative to larger or equal logits.
+  FASTKD_METHOD void rebase(float new_s, float new_t, const Softening& softening) {
+    const float shift_s = softening.shift(largest_s, new_s), shift_t = softening.shift(largest_t, new_t);
     const float scale_s = exp2(shift_s), scale_t = exp2(shift_t);
-    // An empty sum has nothing to shift (and 0 * -inf would be NaN); a sum scaled to 0 stays 0 even if infinite.
-    if (scale_t == 0) dot_t = 0;
-    if (scale_s == 0) dot_s = 0;
-    dot_t = scale_t * dot_t + (sum_t == 0 || scale_t == 0 ? 0.0f : scale_t * sum_t * (shift_t - shift_s));
-    dot_s = scale_s * dot_s + (sum_s == 0 || scale_s == 0 ? 0.0f : scale_s * sum_s * (shift_s - shift_t));
-    entropy_s = scale_s * entropy_s + (sum_s == 0 || scale_s == 0 ? 0.0f : scale_s * sum_s * shift_s);
-    entropy_t = scale_t * entropy_t + (sum_t == 0 || scale_t == 0 ? 0.0f : scale_t * sum_t * shift_t);
+    // An empty sum has nothing to shift (and 0 * -inf would be NaN); what is scaled to 0 stays 0 even if infinite.
+    dot_t = scale_t == 0 ? 0.0f : scale_t * (dot_t + (sum_t == 0 ? 0.0f : sum_t * (shift_t - shift_s)));
+    dot_s = scale_s == 0 ? 0.0f : scale_s * (dot_s + (sum_s == 0 ? 0.0f : sum_s * (shift_s - shift_t)));
+    entropy_s = scale_s == 0 ? 0.0f : scale_s * (entropy_s + (sum_s == 0 ? 0.0f : sum_s * shift_s));
+    entropy_t = scale_t == 0 ? 0.0f : scale_t * (entropy_t + (sum_t == 0 ? 0.0f : sum_t * shift_t));
     linear_s += columns == 0 ? 0.0f : columns * shift_s;
     sum_s *= scale_s;
     sum_t *= scale_t;
-    sum_hard *= exp2(temperature * shift_s);
-    reference_s = new_s;
-    reference_t = new_t;
+    sum_hard *= exp2(softening.temperature * shift_s);
+    largest_s = new_s;
+    largest_t = new_t;
   }
 
   // `later` holds the columns that follow this piece's.
-  FASTKD_METHOD void merge(Piece later, float temperature) {
-    const float new_s = later.reference_s > reference_s ? later.reference_s : reference_s;
-    const float new_t = later.reference_t > reference_t ? later.reference_t : reference_t;
-    rebase(new_s, new_t, temperature);
-    later.rebase(new_s, new_t, temperature);
+  FASTKD_METHOD void merge(Piece later, const Softening& softening) {
+    const float new_s = max(later.largest_s, largest_s), new_t = max(later.largest_t, largest_t);
+    rebase(new_s, new_t, softening);
+    later.rebase(new_s, new_t, softening);
     sum_s += later.sum_s;
     sum_t += later.sum_t;
     sum_hard += later.sum_hard;
@@ -68,7 +75,7 @@ struct Piece {
   }
 };
 
-// Sums over a piece of the divergences that need both softmax denominators first.
+// Sums of term and dlogq over a piece.
 struct TermSums {
   float value = 0, dlogq = 0;
 

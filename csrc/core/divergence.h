@@ -1,4 +1,8 @@
-// The divergences: term(lp, lq) and dlogq(lp, lq) = d term / d lq (DESIGN section 1). p is always the teacher.
+// The divergences (DESIGN section 1). p is always the teacher, q the student.
+//
+// Two families. The mixed Kullback-Leibler divergences  w KL(p||q) + (1 - w) KL(q||p)  have their value from one sweep and
+// a gradient that is linear in p, q and q (lp - lq): row.h holds them whole. The others are a term and its derivative
+// per column, below, and need both softmax denominators before their terms can be summed.
 #pragma once
 
 #include "numerics.h"
@@ -7,34 +11,42 @@ namespace fastkd {
 
 enum class Divergence { forward_kl, reverse_kl, symmetric_kl, jsd, total_variation, skew_forward_kl, skew_reverse_kl };
 
-// One column of both models. `ratio` = lp - lq in nats; NaN where both are masked, where p = q = 0.
+FASTKD_FN bool is_mixed_kl(Divergence d) {
+  return d == Divergence::forward_kl || d == Divergence::reverse_kl || d == Divergence::symmetric_kl;
+}
+
+// One column of both models. log2_ratio = log2(p / q): infinite where one is masked, NaN where both are.
 template <class F>
 struct Column {
-  F p, q, ratio;
+  F p, q, log2_ratio;
 };
 
+// term(lp, lq) and dlogq = d term / d lq, both in units of ln 2: logarithms are base 2 until the row's sums are known.
 template <class F>
 struct Term {
   F value, dlogq;
 };
 
-// Logs of the mixture m = share p + (1 - share) q relative to both models. One exponential of -|ratio| and one log of
-// a number in [min(share, 1 - share), 1]: nothing can underflow before its logarithm is taken.
+// Logs of the mixture m = share p + (1 - share) q relative to both models, base 2. One exponential of -|log2_ratio| and
+// one log of a number in [min(share, 1 - share), 1]: nothing can underflow before its logarithm is taken.
 template <class F>
 struct Mixture {
-  F lp_minus_lm, lq_minus_lm, q_over_m;
+  F log2_p_over_m, log2_m_over_q, q_over_m;
 
   FASTKD_METHOD Mixture(const Column<F>& c, float share) {
-    const auto teacher_larger = c.ratio > F(0.0f);
-    const F smaller_over_larger = exp2(F(-kLog2e) * abs(c.ratio));
+    // A masked column has an infinite ratio and the probability 0; a large finite one makes their product 0. NaN, where
+    // both models are masked, becomes any number: both probabilities are 0 there.
+    const F limit = F(1e30f), zero = F(0.0f), one = F(1.0f);
+    const F ratio = max(min(c.log2_ratio, limit), zero - limit);
+    const F above = max(ratio, zero), below = min(ratio, zero);
+    const auto teacher_larger = ratio > zero;
+    const F smaller_over_larger = exp2(below - above);
     const F own = select(teacher_larger, F(share), F(1.0f - share));
-    const F other = F(1.0f) - own;
-    const F m_over_larger = own + other * smaller_over_larger;
-    const F log_m = F(kLn2) * log2(m_over_larger);  // relative to the larger of lp and lq
-    const F zero = F(0.0f);
-    lp_minus_lm = select(teacher_larger, zero, c.ratio) - log_m;
-    lq_minus_lm = select(teacher_larger, zero - c.ratio, zero) - log_m;
-    q_over_m = select(teacher_larger, smaller_over_larger, F(1.0f)) / m_over_larger;
+    const F m_over_larger = own + (one - own) * smaller_over_larger;
+    const F log2_m = log2(m_over_larger);  // relative to the larger of p and q
+    log2_p_over_m = below - log2_m;
+    log2_m_over_q = above + log2_m;
+    q_over_m = select(teacher_larger, smaller_over_larger, one) / m_over_larger;
   }
 };
 
@@ -42,28 +54,12 @@ template <Divergence>
 struct DivergenceTerm;
 
 template <>
-struct DivergenceTerm<Divergence::forward_kl> {
-  template <class F>
-  FASTKD_METHOD static Term<F> at(const Column<F>& c, float) {
-    return {weigh(c.p, c.ratio), F(0.0f) - c.p};
-  }
-};
-
-template <>
-struct DivergenceTerm<Divergence::reverse_kl> {
-  template <class F>
-  FASTKD_METHOD static Term<F> at(const Column<F>& c, float) {
-    return {weigh(c.q, F(0.0f) - c.ratio), weigh(c.q, F(1.0f) - c.ratio)};
-  }
-};
-
-template <>
-struct DivergenceTerm<Divergence::symmetric_kl> {
+struct DivergenceTerm<Divergence::jsd> {
   template <class F>
   FASTKD_METHOD static Term<F> at(const Column<F>& c, float beta) {
-    const F forward = F(beta), reverse = F(1.0f - beta);
-    return {forward * weigh(c.p, c.ratio) + reverse * weigh(c.q, F(0.0f) - c.ratio),
-            reverse * weigh(c.q, F(1.0f) - c.ratio) - forward * c.p};
+    const Mixture<F> m(c, beta);
+    const F student = F(beta - 1.0f) * c.q * m.log2_m_over_q;
+    return {F(beta) * c.p * m.log2_p_over_m + student, student};
   }
 };
 
@@ -71,20 +67,9 @@ template <>
 struct DivergenceTerm<Divergence::total_variation> {
   template <class F>
   FASTKD_METHOD static Term<F> at(const Column<F>& c, float) {
-    const F half_q = F(0.5f) * c.q, zero = F(0.0f);
+    const F zero = F(0.0f), half = F(0.5f * kLog2e), half_q = half * c.q;
     const F dlogq = select(c.p > c.q, zero - half_q, select(c.q > c.p, half_q, zero));  // 0 at a tie
-    // a NaN probability takes neither side, so the value, not the gradient, carries it to the row's sums
-    return {F(0.5f) * abs(c.p - c.q), dlogq};
-  }
-};
-
-template <>
-struct DivergenceTerm<Divergence::jsd> {
-  template <class F>
-  FASTKD_METHOD static Term<F> at(const Column<F>& c, float beta) {
-    const Mixture<F> m(c, beta);
-    const F student = F(1.0f - beta) * weigh(c.q, m.lq_minus_lm);
-    return {F(beta) * weigh(c.p, m.lp_minus_lm) + student, student};
+    return {half * abs(c.p - c.q), dlogq};
   }
 };
 
@@ -93,7 +78,7 @@ struct DivergenceTerm<Divergence::skew_forward_kl> {
   template <class F>
   FASTKD_METHOD static Term<F> at(const Column<F>& c, float beta) {
     const Mixture<F> m(c, beta);
-    return {weigh(c.p, m.lp_minus_lm), F(beta - 1.0f) * weigh(c.p, m.q_over_m)};
+    return {c.p * m.log2_p_over_m, F((beta - 1.0f) * kLog2e) * c.p * m.q_over_m};
   }
 };
 
@@ -102,7 +87,8 @@ struct DivergenceTerm<Divergence::skew_reverse_kl> {
   template <class F>
   FASTKD_METHOD static Term<F> at(const Column<F>& c, float beta) {
     const Mixture<F> m(c, 1.0f - beta);
-    return {weigh(c.q, m.lq_minus_lm), weigh(c.q, m.lq_minus_lm + (F(1.0f) - F(beta) * m.q_over_m))};
+    const F value = F(0.0f) - c.q * m.log2_m_over_q;
+    return {value, value + F(kLog2e) * c.q * (F(1.0f) - F(beta) * m.q_over_m)};
   }
 };
 

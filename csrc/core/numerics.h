@@ -24,7 +24,8 @@ FASTKD_FN float exp2(float x) { return ::exp2f(x); }
 FASTKD_FN float log2(float x) { return ::log2f(x); }
 FASTKD_FN float abs(float x) { return ::fabsf(x); }
 FASTKD_FN float select(bool take_a, float a, float b) { return take_a ? a : b; }
-FASTKD_FN float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+FASTKD_FN float max(float a, float b) { return a > b ? a : b; }  // b where either is NaN
+FASTKD_FN float min(float a, float b) { return a < b ? a : b; }  // b where either is NaN
 
 // weight * value, and 0 where the weight is 0 even if the value is infinite or NaN.
 template <class F>
@@ -32,14 +33,13 @@ FASTKD_FN F weigh(F weight, F value) {
   return select(weight > F(0.0f), weight * value, F(0.0f));
 }
 
-// Logits to exponents: y = logit * slope - reference, with slope = log2(e) / T. The reference is the maximum logit
-// times slope, rounded once; it stays exact as a definition because every use (exponents, merges, the label's logit)
-// takes the same rounded number and one fused multiply-add.
+// Logits to exponents of 2: y = (logit - reference) * slope, with slope = log2(e) / T and the reference a maximum. The
+// difference comes first: it is exact beside the maximum, where y is exactly 0 and 2^y exactly 1.
+template <class F>
 struct Exponent {
-  float slope = 0;      // log2(e) / T
-  float reference = 0;  // in units of log2
+  F reference, slope;
 
-  FASTKD_METHOD float operator()(float logit) const { return fused_multiply_add(logit, slope, -reference); }
+  FASTKD_METHOD F operator()(F logit) const { return (logit - reference) * slope; }
 };
 
 // A reference that can be subtracted: an all-masked piece has maximum -inf, and -inf - -inf would be NaN.

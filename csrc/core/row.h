@@ -16,19 +16,18 @@ struct RowOptions {
   float kd_weight = 1, ce_weight = 0, label_smoothing = 0, z_loss = 0;
 };
 
-// forward_kl, reverse_kl and symmetric_kl have their value from the first sweep's dot products; the others need both
-// softmax denominators before their terms can be summed.
-FASTKD_FN bool has_one_sweep_value(Divergence d) {
-  return d == Divergence::forward_kl || d == Divergence::reverse_kl || d == Divergence::symmetric_kl;
-}
-
-// log2 of the softmax denominators, relative to the row's references.
+// log2 of the softmax denominators, relative to the row's largest logits.
 struct Denominators {
   float log2_s, log2_t, log2_hard;
 
   FASTKD_METHOD explicit Denominators(const Piece& row)
       : log2_s(log2(row.sum_s)), log2_t(log2(row.sum_t)), log2_hard(log2(row.sum_hard)) {}
 };
+
+// The weight w of KL(p||q) in a mixed divergence w KL(p||q) + (1 - w) KL(q||p).
+FASTKD_FN float forward_share(const RowOptions& o) {
+  return o.divergence == Divergence::forward_kl ? 1.0f : o.divergence == Divergence::reverse_kl ? 0.0f : o.beta;
+}
 
 // KL(teacher || student) and KL(student || teacher) in nats, from the first sweep alone.
 FASTKD_FN float forward_kl_of(const Piece& row, const Denominators& z) {
@@ -38,15 +37,10 @@ FASTKD_FN float reverse_kl_of(const Piece& row, const Denominators& z) {
   return kLn2 * (row.dot_s / row.sum_s - (z.log2_s - z.log2_t));
 }
 
-// The divergence of the row and sum_j dlogq_j.
-FASTKD_FN TermSums one_sweep_terms(const RowOptions& o, const Piece& row, const Denominators& z) {
-  if (o.divergence == Divergence::forward_kl) return {forward_kl_of(row, z), -1.0f};
-  const float reverse = reverse_kl_of(row, z);
-  if (o.divergence == Divergence::reverse_kl) return {reverse, 1.0f + reverse};
-  const float share = 1.0f - o.beta;  // a direction of weight 0 is left out: it may be infinite
-  const float forward_part = o.beta == 0 ? 0.0f : o.beta * forward_kl_of(row, z);
-  const float reverse_part = share == 0 ? 0.0f : share * reverse;
-  return {forward_part + reverse_part, share + reverse_part - o.beta};
+// A mixed divergence. A direction of weight 0 is left out: it may be infinite.
+FASTKD_FN float mixed_kl_of(const RowOptions& o, const Piece& row, const Denominators& z) {
+  const float w = forward_share(o);
+  return (w == 0 ? 0.0f : w * forward_kl_of(row, z)) + (w == 1 ? 0.0f : (1.0f - w) * reverse_kl_of(row, z));
 }
 
 // Cross-entropy at T = 1 with label smoothing and z-loss. label_y: exponent of the label's logit at T.
@@ -58,32 +52,47 @@ FASTKD_FN float cross_entropy_of(const RowOptions& o, const Piece& row, const De
     ce = (1.0f - o.label_smoothing) * ce + o.label_smoothing * uniform;
   }
   if (o.z_loss != 0) {
-    const float lse = kLn2 * (z.log2_hard + t * row.reference_s);
+    const float lse = kLn2 * z.log2_hard + row.largest_s;
     ce += o.z_loss * lse * lse;
   }
   return ce;
 }
 
 // The gradient of a column is
-//   student * 2^y_s + dlogq * dlogq_i + hard * 2^(T y_s) + constant, and `label` more at the label's column,
-// with the exponentials relative to the row's references.
+//   (student + ratio (y_t - y_s)) 2^y_s + teacher 2^y_t + dlogq dlogq_i + hard 2^(T y_s) + constant,
+// and `label` more at the label's column; exponents relative to the row's largest logits, dlogq_i in units of ln 2.
 struct GradientCoefficients {
-  float student = 0, dlogq = 0, hard = 0, constant = 0, label = 0;
+  float student = 0, ratio = 0, teacher = 0, dlogq = 0, hard = 0, constant = 0, label = 0;
 };
 
-// scale: the factor of the row's loss in the total, known before backward. has_hard: whether cross-entropy counts.
-FASTKD_FN GradientCoefficients gradient_coefficients(const RowOptions& o, const Piece& row, const Denominators& z,
-                                                     float dlogq_sum, float scale, bool has_hard) {
-  GradientCoefficients c;
-  const float t = o.temperature;
-  c.dlogq = scale * o.kd_weight * (o.scale_by_t2 ? t : 1.0f / t);
-  c.student = -c.dlogq * dlogq_sum / row.sum_s;
-  if (!has_hard) return c;
-  const float weight = scale * o.ce_weight;
-  const float lse = kLn2 * (z.log2_hard + t * row.reference_s);
+// The part of the cross-entropy. weight: the factor of the row's cross-entropy in the total.
+FASTKD_FN void add_cross_entropy(GradientCoefficients& c, const RowOptions& o, const Piece& row, const Denominators& z,
+                                 float weight) {
+  const float lse = kLn2 * z.log2_hard + row.largest_s;
   c.hard = weight * (1.0f + 2.0f * o.z_loss * lse) / row.sum_hard;
   c.constant = -weight * o.label_smoothing / row.columns;
   c.label = -weight * (1.0f - o.label_smoothing);
+}
+
+// The part of the divergence. scale: the factor of the row's loss in the total, known before backward.
+// Mixed divergences: d/ds_i of w KL(p||q) + (1 - w) KL(q||p) is (w (q - p) - (1 - w) q (lp - lq + KL(q||p))) / T.
+// The others: (dlogq_i - q_i sum_j dlogq_j) / T.
+FASTKD_FN GradientCoefficients divergence_coefficients(const RowOptions& o, const Piece& row, const Denominators& z,
+                                                       const TermSums& terms, float scale) {
+  GradientCoefficients c;
+  const float weight = scale * o.kd_weight * (o.scale_by_t2 ? o.temperature : 1.0f / o.temperature);
+  if (!is_mixed_kl(o.divergence)) {
+    c.dlogq = weight * kLn2;
+    c.student = -c.dlogq * terms.dlogq / row.sum_s;
+    return c;
+  }
+  const float w = forward_share(o);
+  c.student = weight * w / row.sum_s;
+  c.teacher = -weight * w / row.sum_t;
+  if (w == 1) return c;
+  const float reverse = weight * (1.0f - w) / row.sum_s;
+  c.ratio = -reverse * kLn2;
+  c.student -= reverse * (reverse_kl_of(row, z) + kLn2 * (z.log2_s - z.log2_t));
   return c;
 }
 

@@ -12,7 +12,7 @@ inline constexpr int64_t blocks_of(int64_t columns) { return (columns + kBlock -
 
 // Memory of one row under way: whole padded rows of exponentials, and sums per block.
 struct RowScratch {
-  float *exp_s, *exp_t, *exp_hard;
+  float *exp_s, *exp_t, *ratio, *exp_hard;
   Piece* pieces;
   TermSums* terms;
 };

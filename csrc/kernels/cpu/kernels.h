@@ -7,11 +7,6 @@
 namespace fastkd {
 namespace {
 
-bool needs_second_step(const LossParams& p) {
-  if (!has_one_sweep_value(p.options.divergence)) return true;
-  return p.gradient.data && p.options.divergence != Divergence::forward_kl;
-}
-
 void run_rows(const LossParams& p, int64_t begin, int64_t end, const RowScratch& scratch) {
   const int64_t blocks = blocks_of(p.columns);
   for (int64_t n = begin; n < end; ++n) {
@@ -19,11 +14,13 @@ void run_rows(const LossParams& p, int64_t begin, int64_t end, const RowScratch&
       ignore_row(p, n);
       continue;
     }
-    RowJob job(p, n, scratch);
+    RowJob job(p, n, scratch, false);
     first_step(job, 0, blocks);
     merge_first_step(job);
-    if (needs_second_step(p)) second_step(job, 0, blocks);
-    merge_second_step(job);
+    if (!is_mixed_kl(p.options.divergence)) {
+      second_step(job, 0, blocks);
+      merge_second_step(job);
+    }
     finish_row(job);
     if (!job.gradient) continue;
     last_step(job, 0, blocks);
@@ -45,11 +42,13 @@ void run_step(RowJob& job, const Executor& executor, void (*step)(RowJob&, int64
 
 void run_shared_row(const LossParams& p, int64_t n, const RowScratch& scratch, const Executor& executor) {
   if (p.ignored(n)) return ignore_row(p, n);
-  RowJob job(p, n, scratch);
+  RowJob job(p, n, scratch, true);
   run_step(job, executor, first_step);
   merge_first_step(job);
-  if (needs_second_step(p)) run_step(job, executor, second_step);
-  merge_second_step(job);
+  if (!is_mixed_kl(p.options.divergence)) {
+    run_step(job, executor, second_step);
+    merge_second_step(job);
+  }
   finish_row(job);
   if (!job.gradient) return;
   run_step(job, executor, last_step);

@@ -30,7 +30,7 @@ class ThreadScratch {
  public:
   RowScratch for_columns(int64_t columns) {
     const int64_t blocks = blocks_of(columns), width = blocks * kBlock;
-    const int64_t floats = 3 * width * static_cast<int64_t>(sizeof(float));
+    const int64_t floats = 4 * width * static_cast<int64_t>(sizeof(float));
     const int64_t pieces = blocks * static_cast<int64_t>(sizeof(Piece));
     const int64_t bytes = floats + pieces + blocks * static_cast<int64_t>(sizeof(TermSums));
     if (bytes > capacity_) {
@@ -43,8 +43,8 @@ class ThreadScratch {
     }
     float* exponentials = static_cast<float*>(memory_.get());
     char* rest = static_cast<char*>(memory_.get()) + floats;
-    return {exponentials, exponentials + width, exponentials + 2 * width, reinterpret_cast<Piece*>(rest),
-            reinterpret_cast<TermSums*>(rest + pieces)};
+    return {exponentials, exponentials + width, exponentials + 2 * width, exponentials + 3 * width,
+            reinterpret_cast<Piece*>(rest), reinterpret_cast<TermSums*>(rest + pieces)};
   }
 
  private:

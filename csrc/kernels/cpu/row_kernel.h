@@ -9,21 +9,26 @@
 namespace fastkd {
 namespace {
 
-// A row under way. The scratch arrays hold whole padded rows.
+// A row under way.
 struct RowJob {
   const LossParams& params;
   int64_t n;
   RowOptions options;
+  Softening softening;
   const char *student, *teacher;
   char* gradient;  // null: the value alone
+  float label_logit = 0;  // read before anything is overwritten
   Hard hard;
-  float slope;  // log2(e) / T
+  bool exp_in_gradient;    // see exp_s_at
+  int64_t scratch_stride;  // from block to block; 0: one block's scratch serves them all
   RowScratch scratch;
   Piece row;
   TermSums terms;
+  float divergence = 0;  // nats
   GradientCoefficients coefficients;
 
-  RowJob(const LossParams& p, int64_t row_index, const RowScratch& s)
+  // shared: other threads work on other blocks of the row at the same time.
+  RowJob(const LossParams& p, int64_t row_index, const RowScratch& s, bool shared)
       : params(p),
         n(row_index),
         options(p.options),
@@ -32,8 +37,11 @@ struct RowJob {
         gradient(p.gradient.data ? p.gradient.row(n) : nullptr),
         scratch(s) {
     if (p.temperatures) options.temperature = p.temperatures[n];
+    softening = {options.temperature, kLog2e / options.temperature};
     hard = hard_source(options.temperature, p.needs_hard());
-    slope = kLog2e / options.temperature;
+    if (p.needs_hard()) label_logit = read_column(student, p.student.dtype, p.labels[n], p.student_softcap);
+    exp_in_gradient = gradient && p.gradient.dtype == DType::float32 && p.student_softcap == 0;
+    scratch_stride = gradient || shared || !is_mixed_kl(options.divergence) ? kBlock : 0;
   }
 
   int columns_of(int64_t block) const {
@@ -42,29 +50,47 @@ struct RowJob {
   }
   const char* student_at(int64_t block) const { return student + block * kBlock * size_of(params.student.dtype); }
   const char* teacher_at(int64_t block) const { return teacher + block * kBlock * size_of(params.teacher.dtype); }
-  BlockView view(int64_t block, Block s, Block t) const {
-    const int64_t at = block * kBlock;
-    return {s.logits, t.logits, padded(columns_of(block)), scratch.exp_s + at, scratch.exp_t + at, scratch.exp_hard + at};
+  char* gradient_at(int64_t block) const { return gradient + block * kBlock * size_of(params.gradient.dtype); }
+
+  // The student's exponentials wait in the gradient's own memory where they fit: fewer lines in the cache.
+  float* exp_s_at(int64_t block) const {
+    const bool whole = columns_of(block) % kLanes == 0;
+    return whole && exp_in_gradient ? reinterpret_cast<float*>(gradient_at(block)) : scratch.exp_s + block * scratch_stride;
   }
-  Exponent exponent(float reference) const { return {slope, finite_reference(reference)}; }
+  BlockView view(int64_t block) const {
+    const int64_t at = block * scratch_stride;
+    BlockView v{};
+    v.n = padded(columns_of(block));
+    v.exp_s = exp_s_at(block);
+    v.exp_t = scratch.exp_t + at;
+    v.ratio = scratch.ratio + at;
+    v.exp_hard = scratch.exp_hard + at;
+    return v;
+  }
 };
+
+FASTKD_FN Stream stream(const char* next, DType dtype) { return {next, kLanes * static_cast<int>(size_of(dtype))}; }
+FASTKD_FN Exponent<Vec> lanes_of(const Exponent<float>& e) { return {Vec(e.reference), Vec(e.slope)}; }
 
 void first_step(RowJob& job, int64_t begin, int64_t end) {
   const LossParams& p = job.params;
   for (int64_t block = begin; block < end; ++block) {
     const int columns = job.columns_of(block);
-    float* exp_s = job.scratch.exp_s + block * kBlock;
-    float* exp_t = job.scratch.exp_t + block * kBlock;
-    const Block s = read_block(job.student_at(block), p.student.dtype, columns, p.student_softcap, exp_s);
-    const Block t = read_block(job.teacher_at(block), p.teacher.dtype, columns, p.teacher_softcap, exp_t);
-    const BlockView view = job.view(block, s, t);
+    BlockView view = job.view(block);
+    const Block s = read_block(job.student_at(block), p.student.dtype, columns, p.student_softcap, view.exp_s);
+    const Block t = read_block(job.teacher_at(block), p.teacher.dtype, columns, p.teacher_softcap, view.exp_t);
+    view.student = s.logits;
+    view.teacher = t.logits;
+    view.next_s = stream(job.student_at(block + 1), p.student.dtype);
+    view.next_t = stream(job.teacher_at(block + 1), p.teacher.dtype);
 
     Piece& piece = job.scratch.pieces[block];
     piece = Piece{};
     piece.columns = static_cast<float>(columns);
-    piece.reference_s = s.largest * job.slope;
-    piece.reference_t = t.largest * job.slope;
-    const VecExponent exponent_s(job.exponent(piece.reference_s)), exponent_t(job.exponent(piece.reference_t));
+    piece.largest_s = s.largest;
+    piece.largest_t = t.largest;
+    const Exponent<Vec> exponent_s = lanes_of(job.softening.relative_to(s.largest));
+    const Exponent<Vec> exponent_t = lanes_of(job.softening.relative_to(t.largest));
     if (job.options.label_smoothing != 0) piece.linear_s = linear_sum(s.logits, columns, exponent_s);
     if (p.stats) {
       piece.entropy_s = entropy_sum(s.logits, view.n, exponent_s);
@@ -79,39 +105,27 @@ void first_step(RowJob& job, int64_t begin, int64_t end) {
 void merge_first_step(RowJob& job) {
   job.row = job.scratch.pieces[0];
   for (int64_t block = 1; block < blocks_of(job.params.columns); ++block)
-    job.row.merge(job.scratch.pieces[block], job.options.temperature);
+    job.row.merge(job.scratch.pieces[block], job.softening);
 }
 
-FASTKD_FN RowScales block_scales(const RowJob& job, const Piece& piece) {
-  const float shift_s = piece.reference_s - finite_reference(job.row.reference_s);
-  const float shift_t = piece.reference_t - finite_reference(job.row.reference_t);
-  return {exp2(shift_s), exp2(shift_t), exp2(job.options.temperature * shift_s), 0};
+FASTKD_FN BlockScales block_scales(const RowJob& job, const Piece& piece) {
+  const float shift_s = job.softening.shift(piece.largest_s, job.row.largest_s);
+  const float shift_t = job.softening.shift(piece.largest_t, job.row.largest_t);
+  return {exp2(shift_s), exp2(shift_t), exp2(job.options.temperature * shift_s), shift_t - shift_s};
 }
 
 void second_step(RowJob& job, int64_t begin, int64_t end) {
-  const LossParams& p = job.params;
   const Denominators z(job.row);
-  const VecExponent exponent_s(job.exponent(job.row.reference_s)), exponent_t(job.exponent(job.row.reference_t));
-  float buffer_s[kBlock], buffer_t[kBlock];
   for (int64_t block = begin; block < end; ++block) {
-    const int columns = job.columns_of(block);
-    const Block s = read_block(job.student_at(block), p.student.dtype, columns, p.student_softcap, buffer_s);
-    const Block t = read_block(job.teacher_at(block), p.teacher.dtype, columns, p.teacher_softcap, buffer_t);
-    RowScales scales = block_scales(job, job.scratch.pieces[block]);
+    BlockScales scales = block_scales(job, job.scratch.pieces[block]);
     scales.student /= job.row.sum_s;
     scales.teacher /= job.row.sum_t;
-    scales.log2_ratio = z.log2_s - z.log2_t;
-    job.scratch.terms[block] = term_sweep_of(job.options.divergence, job.view(block, s, t), exponent_s, exponent_t,
-                                             scales, job.options.beta);
+    scales.log2_ratio += z.log2_s - z.log2_t;
+    job.scratch.terms[block] = term_sweep_of(job.options.divergence, job.view(block), scales, job.options.beta);
   }
 }
 
-// Merges the terms; afterwards job.terms holds the row's divergence and sum of dlogq.
 void merge_second_step(RowJob& job) {
-  if (has_one_sweep_value(job.options.divergence)) {
-    job.terms = one_sweep_terms(job.options, job.row, Denominators(job.row));
-    return;
-  }
   job.terms = TermSums{};
   for (int64_t block = 0; block < blocks_of(job.params.columns); ++block) job.terms.merge(job.scratch.terms[block]);
 }
@@ -120,7 +134,7 @@ void write_stats(const RowJob& job, const Denominators& z, float ce) {
   const Piece& row = job.row;
   const int64_t rows = job.params.rows;
   float* out = job.params.stats + job.n;
-  out[0] = job.terms.value;
+  out[0] = job.divergence;
   out[rows] = ce;
   out[2 * rows] = entropy_of(row.entropy_s, row.sum_s, z.log2_s);
   out[3 * rows] = entropy_of(row.entropy_t, row.sum_t, z.log2_t);
@@ -132,42 +146,51 @@ void finish_row(RowJob& job) {
   const LossParams& p = job.params;
   const RowOptions& o = job.options;
   const Denominators z(job.row);
-  float loss = o.kd_weight * (o.scale_by_t2 ? o.temperature * o.temperature : 1.0f) * job.terms.value;
+  job.divergence = is_mixed_kl(o.divergence) ? mixed_kl_of(o, job.row, z) : kLn2 * job.terms.value;
+  float loss = o.kd_weight * (o.scale_by_t2 ? o.temperature * o.temperature : 1.0f) * job.divergence;
   float ce = 0;
   if (p.needs_hard()) {
-    const float label_logit = read_column(job.student, p.student.dtype, p.labels[job.n], p.student_softcap);
-    ce = cross_entropy_of(o, job.row, z, job.exponent(job.row.reference_s)(label_logit));
+    const float label_y = job.softening.relative_to(job.row.largest_s)(job.label_logit);
+    ce = cross_entropy_of(o, job.row, z, label_y);
     if (o.ce_weight != 0) loss += o.ce_weight * ce;
   }
   p.row_loss[job.n] = p.weight(job.n) * loss;
   if (p.stats) write_stats(job, z, ce);
+  if (!job.gradient) return;
   const float scale = p.weight(job.n) * p.gradient_scale;
-  job.coefficients = gradient_coefficients(o, job.row, z, job.terms.dlogq, scale, p.needs_hard() && o.ce_weight != 0);
+  job.coefficients = divergence_coefficients(o, job.row, z, job.terms, scale);
+  if (p.needs_hard() && o.ce_weight != 0) add_cross_entropy(job.coefficients, o, job.row, z, scale * o.ce_weight);
+}
+
+FASTKD_FN BlockCoefficients block_coefficients(const RowJob& job, int64_t block) {
+  const GradientCoefficients& c = job.coefficients;
+  const BlockScales scales = block_scales(job, job.scratch.pieces[block]);
+  const bool mixed = is_mixed_kl(job.options.divergence);
+  BlockCoefficients b{c.student * scales.student, c.ratio * scales.student, mixed ? c.teacher * scales.teacher : c.dlogq,
+                      c.hard * scales.hard, c.constant};
+  // a block whose exponentials vanish beside the row's has no part in the gradient, however large its ratios
+  if (b.ratio != 0) b.student += b.ratio * scales.log2_ratio;
+  return b;
 }
 
 void last_step(RowJob& job, int64_t begin, int64_t end) {
   const LossParams& p = job.params;
-  const bool forward_kl = job.options.divergence == Divergence::forward_kl;
   const int64_t label = p.needs_hard() ? p.labels[job.n] : -1;
   const Hard hard = job.options.ce_weight != 0 ? job.hard : Hard::none;
   float gradient[kBlock];
   for (int64_t block = begin; block < end; ++block) {
     const int columns = job.columns_of(block);
-    const RowScales scales = block_scales(job, job.scratch.pieces[block]);
-    const GradientCoefficients& c = job.coefficients;
-    // forward_kl: dlogq = -p, and p is the stored exponential times its scale
-    const float dlogq = forward_kl ? -c.dlogq * scales.teacher / job.row.sum_t : c.dlogq;
-    const BlockCoefficients block_c{c.student * scales.student, dlogq, c.hard * scales.hard, c.constant};
-    BlockView view = job.view(block, {}, {});
-    gradient_sweep_of(hard, view, block_c, gradient);
+    BlockView view = job.view(block);
+    view.next_d = stream(job.gradient_at(block + 1), p.gradient.dtype);
+    gradient_sweep_of(hard, view, block_coefficients(job, block), gradient);
     const int64_t label_at = label - block * kBlock;
-    if (label_at >= 0 && label_at < columns) gradient[label_at] += c.label;
+    if (label_at >= 0 && label_at < columns) gradient[label_at] += job.coefficients.label;
     if (p.student_softcap != 0) {
       float capped[kBlock];
       load_block(job.student_at(block), p.student.dtype, columns, p.student_softcap, capped);
       apply_softcap_gradient(capped, view.n, p.student_softcap, gradient);
     }
-    store_block(gradient, columns, p.gradient.dtype, job.gradient + block * kBlock * size_of(p.gradient.dtype));
+    store_block(gradient, columns, p.gradient.dtype, job.gradient_at(block));
   }
 }
 

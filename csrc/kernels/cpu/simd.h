@@ -18,6 +18,8 @@ namespace {
 using fastkd::abs;
 using fastkd::exp2;
 using fastkd::log2;
+using fastkd::max;
+using fastkd::min;
 using fastkd::select;
 
 #if defined(__AVX512F__)
@@ -62,7 +64,7 @@ FASTKD_FN Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
 FASTKD_FN Vec select(Mask m, Vec a, Vec b) { return m.lanes ? a.v : b.v; }
 FASTKD_FN Vec abs(Vec a) { return (FloatLanes)((IntLanes)a.v & 0x7fffffff); }
 
-// The larger of a and b; b where either is NaN, as in the x86 instruction.
+// b where either is NaN, as in the x86 instructions.
 FASTKD_FN Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return (FloatLanes)_mm512_max_ps((__m512)a.v, (__m512)b.v);
@@ -72,10 +74,28 @@ FASTKD_FN Vec max(Vec a, Vec b) {
   return a.v > b.v ? a.v : b.v;
 #endif
 }
+FASTKD_FN Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (FloatLanes)_mm512_min_ps((__m512)a.v, (__m512)b.v);
+#elif defined(__AVX2__)
+  return (FloatLanes)_mm256_min_ps((__m256)a.v, (__m256)b.v);
+#else
+  return a.v < b.v ? a.v : b.v;
+#endif
+}
 
-// 2^x for x <= 127, relative error below 2e-7; exactly 0 below -126.5, NaN stays NaN.
-// The polynomial is the minimax fit of 2^f on [-1/2, 1/2].
+// 2^x for x <= 127, relative error below 3e-7; 0 far below, NaN stays NaN. Minimax polynomials of degree 5.
 FASTKD_FN Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  // 2^floor(x) comes with the instruction that applies it, which also turns -inf into 0
+  const Vec f((FloatLanes)_mm512_reduce_ps((__m512)x.v, _MM_FROUND_TO_NEG_INF));
+  Vec p = Vec(0.0018671300495043397f) * f + Vec(0.009017030708491802f);
+  p = p * f + Vec(0.05579991266131401f);
+  p = p * f + Vec(0.24016444385051727f);
+  p = p * f + Vec(0.6931512951850891f);
+  p = p * f + Vec(1.0f);
+  return (FloatLanes)_mm512_scalef_ps((__m512)p.v, (__m512)x.v);
+#else
   const float shift = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds to an integer n, kept with the bias 127
   x = max(Vec(-127.0f), x);                  // n + 127 = 0 is the factor 0.0
   const Vec shifted = x + Vec(shift);
@@ -87,6 +107,7 @@ FASTKD_FN Vec exp2(Vec x) {
   p = p * f + Vec(1.0f);
   const FloatLanes power = (FloatLanes)((IntLanes)shifted.v << 23);
   return p.v * power;
+#endif
 }
 
 // log2 x for normal x > 0, relative error of log2 below 1e-7 also beside 1. Minimax fit of log2(1 + f) / f.
@@ -117,23 +138,6 @@ FASTKD_FN Vec tanh(Vec x) {
   const Vec far = (one - e) / (one + e);
   return select(size > Vec(0.625f), select(x > Vec(0.0f), far, Vec(0.0f) - far), near);
 }
-
-// y of a lane group (Exponent of core/numerics.h). Without a fused multiply-add the product of a large logit would be
-// rounded: there a pivot beside the largest logit is subtracted first, and its own exponent, exact, added back.
-struct VecExponent {
-  Vec slope, offset;
-#if !defined(__FMA__) && !defined(__ARM_FEATURE_FMA)
-  Vec pivot;
-
-  FASTKD_METHOD explicit VecExponent(const Exponent& e)
-      : slope(e.slope), offset(e(e.reference / e.slope)), pivot(e.reference / e.slope) {}
-  FASTKD_METHOD Vec operator()(Vec logit) const { return (logit - pivot) * slope + offset; }
-#else
-
-  FASTKD_METHOD explicit VecExponent(const Exponent& e) : slope(e.slope), offset(e.reference) {}
-  FASTKD_METHOD Vec operator()(Vec logit) const { return slope * logit - offset; }
-#endif
-};
 
 FASTKD_FN float sum_lanes(Vec x) {
   float lane[kLanes];

@@ -25,28 +25,44 @@ FASTKD_FN Hard hard_source(float temperature, bool needed) {
   return integer && temperature > 1 && temperature <= kMaxPower ? Hard::power : Hard::own;
 }
 
+// Memory that the next block will touch, fetched a lane group at a time while this block is computed: rows come from
+// far away, and the hardware's own prefetcher stops at every 4 KiB page.
+struct Stream {
+  const char* next = nullptr;
+  int bytes = 0;  // per lane group
+
+  FASTKD_METHOD void fetch(int i) const { __builtin_prefetch(next + i / kLanes * bytes); }
+};
+
 // One block of both rows. n is padded to whole lane groups; the arrays of exponentials are written, and may be the
 // memory of the logits.
 struct BlockView {
   const float* student;
   const float* teacher;
   int n;
-  float *exp_s, *exp_t, *exp_hard;
+  float *exp_s, *exp_t;  // 2^y; exp_t is replaced by dlogq in the second sweep
+  float* ratio;          // y_t - y_s
+  float* exp_hard;       // 2^(T y_s)
+  Stream next_s, next_t, next_d;  // what the next block reads and writes in memory
 };
 
 // First sweep: exponentials of both models and the sums of them that a divergence needs.
-template <bool kDotTeacher, bool kDotStudent, Hard kHard>
-void first_sweep(const BlockView& b, VecExponent exponent_s, VecExponent exponent_t, float temperature, Piece& piece) {
+template <bool kDotTeacher, bool kDotStudent, bool kRatio, Hard kHard>
+void first_sweep(const BlockView& b, Exponent<Vec> exponent_s, Exponent<Vec> exponent_t, float temperature,
+                 Piece& piece) {
   Vec sum_s(0.0f), sum_t(0.0f), sum_hard(0.0f), dot_t(0.0f), dot_s(0.0f);
-  const Vec t(temperature);
+  const Vec t(temperature), zero(0.0f);
   const int power = static_cast<int>(temperature);
   for (int i = 0; i < b.n; i += kLanes) {
+    b.next_s.fetch(i);
+    b.next_t.fetch(i);
     const Vec y_s = exponent_s(Vec::load(b.student + i)), y_t = exponent_t(Vec::load(b.teacher + i));
-    const Vec e_s = exp2(y_s), e_t = exp2(y_t);
+    const Vec e_s = exp2(y_s), e_t = exp2(y_t), ratio = y_t - y_s;
     sum_s += e_s;
     sum_t += e_t;
-    if constexpr (kDotTeacher) dot_t += weigh(e_t, y_t - y_s);
-    if constexpr (kDotStudent) dot_s += weigh(e_s, y_s - y_t);
+    if constexpr (kDotTeacher) dot_t += weigh(e_t, ratio);
+    if constexpr (kDotStudent) dot_s += weigh(e_s, zero - ratio);
+    if constexpr (kRatio) ratio.store(b.ratio + i);
     if constexpr (kHard == Hard::square) sum_hard += e_s * e_s;
     if constexpr (kHard == Hard::power || kHard == Hard::own) {
       Vec hard = e_s;
@@ -68,29 +84,29 @@ void first_sweep(const BlockView& b, VecExponent exponent_s, VecExponent exponen
   piece.dot_s = sum_lanes(dot_s);
 }
 
-template <bool kDotTeacher, bool kDotStudent>
-FASTKD_FN void first_sweep_hard(Hard hard, const BlockView& b, VecExponent s, VecExponent t, float temperature,
+template <bool kDotTeacher, bool kDotStudent, bool kRatio>
+FASTKD_FN void first_sweep_hard(Hard hard, const BlockView& b, Exponent<Vec> s, Exponent<Vec> t, float temperature,
                                 Piece& piece) {
   switch (hard) {
-    case Hard::none: return first_sweep<kDotTeacher, kDotStudent, Hard::none>(b, s, t, temperature, piece);
-    case Hard::square: return first_sweep<kDotTeacher, kDotStudent, Hard::square>(b, s, t, temperature, piece);
-    case Hard::power: return first_sweep<kDotTeacher, kDotStudent, Hard::power>(b, s, t, temperature, piece);
-    case Hard::own: return first_sweep<kDotTeacher, kDotStudent, Hard::own>(b, s, t, temperature, piece);
+    case Hard::none: return first_sweep<kDotTeacher, kDotStudent, kRatio, Hard::none>(b, s, t, temperature, piece);
+    case Hard::square: return first_sweep<kDotTeacher, kDotStudent, kRatio, Hard::square>(b, s, t, temperature, piece);
+    case Hard::power: return first_sweep<kDotTeacher, kDotStudent, kRatio, Hard::power>(b, s, t, temperature, piece);
+    case Hard::own: return first_sweep<kDotTeacher, kDotStudent, kRatio, Hard::own>(b, s, t, temperature, piece);
   }
 }
 
-FASTKD_FN void first_sweep_of(Divergence d, Hard hard, const BlockView& b, VecExponent s, VecExponent t,
+FASTKD_FN void first_sweep_of(Divergence d, Hard hard, const BlockView& b, Exponent<Vec> s, Exponent<Vec> t,
                               float temperature, Piece& piece) {
   switch (d) {
-    case Divergence::forward_kl: return first_sweep_hard<true, false>(hard, b, s, t, temperature, piece);
-    case Divergence::reverse_kl: return first_sweep_hard<false, true>(hard, b, s, t, temperature, piece);
-    case Divergence::symmetric_kl: return first_sweep_hard<true, true>(hard, b, s, t, temperature, piece);
-    default: return first_sweep_hard<false, false>(hard, b, s, t, temperature, piece);
+    case Divergence::forward_kl: return first_sweep_hard<true, false, false>(hard, b, s, t, temperature, piece);
+    case Divergence::reverse_kl: return first_sweep_hard<false, true, true>(hard, b, s, t, temperature, piece);
+    case Divergence::symmetric_kl: return first_sweep_hard<true, true, true>(hard, b, s, t, temperature, piece);
+    default: return first_sweep_hard<false, false, true>(hard, b, s, t, temperature, piece);
   }
 }
 
 // sum of y over the first n columns (not padded), for label smoothing.
-float linear_sum(const float* logits, int n, VecExponent exponent) {
+float linear_sum(const float* logits, int n, Exponent<Vec> exponent) {
   Vec sum(0.0f);
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) sum += exponent(Vec::load(logits + i));
@@ -102,7 +118,7 @@ float linear_sum(const float* logits, int n, VecExponent exponent) {
 }
 
 // sum of 2^y y over n (padded) columns, for the entropy.
-float entropy_sum(const float* logits, int n, VecExponent exponent) {
+float entropy_sum(const float* logits, int n, Exponent<Vec> exponent) {
   Vec sum(0.0f);
   for (int i = 0; i < n; i += kLanes) {
     const Vec y = exponent(Vec::load(logits + i));
@@ -117,22 +133,20 @@ FASTKD_FN Top find_top(const float* logits, int n, float largest, int64_t first_
   return {};
 }
 
-// What turns stored exponentials and logits into log-probabilities of the row: see term_sweep.
-struct RowScales {
-  float student, teacher, hard;    // 2^(piece reference - row reference), over the row's denominator
-  float log2_ratio;                // log2 of the student's denominator over the teacher's
+// From a block's references to the row's: factors of its exponentials, and what its ratios are short of log2(p / q).
+struct BlockScales {
+  float student, teacher, hard, log2_ratio;
 };
 
 // Second sweep: dlogq of every column replaces the teacher's exponential; returns the sums of term and dlogq.
+// scales: over the row's denominators, so that the exponentials become probabilities.
 template <Divergence kDivergence>
-TermSums term_sweep(const BlockView& b, VecExponent exponent_s, VecExponent exponent_t, const RowScales& scales,
-                    float beta) {
-  const Vec scale_s(scales.student), scale_t(scales.teacher), log2_ratio(scales.log2_ratio), ln2(kLn2);
+TermSums term_sweep(const BlockView& b, const BlockScales& scales, float beta) {
+  const Vec scale_s(scales.student), scale_t(scales.teacher), log2_ratio(scales.log2_ratio);
   Vec value(0.0f), dlogq(0.0f);
   for (int i = 0; i < b.n; i += kLanes) {
-    const Vec y_s = exponent_s(Vec::load(b.student + i)), y_t = exponent_t(Vec::load(b.teacher + i));
     const Column<Vec> column{scale_t * Vec::load(b.exp_t + i), scale_s * Vec::load(b.exp_s + i),
-                             ln2 * ((y_t - y_s) + log2_ratio)};
+                             log2_ratio + Vec::load(b.ratio + i)};
     const Term<Vec> term = DivergenceTerm<kDivergence>::at(column, beta);
     value += term.value;
     dlogq += term.dlogq;
@@ -141,44 +155,52 @@ TermSums term_sweep(const BlockView& b, VecExponent exponent_s, VecExponent expo
   return {sum_lanes(value), sum_lanes(dlogq)};
 }
 
-FASTKD_FN TermSums term_sweep_of(Divergence d, const BlockView& b, VecExponent s, VecExponent t, const RowScales& scales,
-                                 float beta) {
+FASTKD_FN TermSums term_sweep_of(Divergence d, const BlockView& b, const BlockScales& scales, float beta) {
   switch (d) {
-    case Divergence::forward_kl: return {};  // its dlogq is the teacher's exponential up to a factor
-    case Divergence::reverse_kl: return term_sweep<Divergence::reverse_kl>(b, s, t, scales, beta);
-    case Divergence::symmetric_kl: return term_sweep<Divergence::symmetric_kl>(b, s, t, scales, beta);
-    case Divergence::jsd: return term_sweep<Divergence::jsd>(b, s, t, scales, beta);
-    case Divergence::total_variation: return term_sweep<Divergence::total_variation>(b, s, t, scales, beta);
-    case Divergence::skew_forward_kl: return term_sweep<Divergence::skew_forward_kl>(b, s, t, scales, beta);
-    case Divergence::skew_reverse_kl: return term_sweep<Divergence::skew_reverse_kl>(b, s, t, scales, beta);
+    case Divergence::jsd: return term_sweep<Divergence::jsd>(b, scales, beta);
+    case Divergence::total_variation: return term_sweep<Divergence::total_variation>(b, scales, beta);
+    case Divergence::skew_forward_kl: return term_sweep<Divergence::skew_forward_kl>(b, scales, beta);
+    case Divergence::skew_reverse_kl: return term_sweep<Divergence::skew_reverse_kl>(b, scales, beta);
+    default: return {};  // mixed divergences have no second sweep
   }
-  return {};
 }
 
 // Coefficients of one block's stored numbers in the gradient.
 struct BlockCoefficients {
-  float student, dlogq, hard, constant;
+  float student, ratio, second, hard, constant;  // second: of exp_t, which holds 2^y_t or dlogq
 };
 
 // Last sweep: the gradient of n (padded) columns in fp32.
-template <Hard kHard>
+template <bool kRatio, Hard kHard>
 void gradient_sweep(const BlockView& b, const BlockCoefficients& c, float* gradient) {
-  const Vec student(c.student), dlogq(c.dlogq), hard(c.hard), constant(c.constant);
+  const Vec student(c.student), ratio(c.ratio), second(c.second), hard(c.hard), constant(c.constant);
   for (int i = 0; i < b.n; i += kLanes) {
+    b.next_d.fetch(i);
     const Vec e_s = Vec::load(b.exp_s + i);
-    Vec d = dlogq * Vec::load(b.exp_t + i) + constant;
-    if constexpr (kHard == Hard::none) d = student * e_s + d;
-    if constexpr (kHard == Hard::square) d = (hard * e_s + student) * e_s + d;
-    if constexpr (kHard == Hard::power) d = hard * Vec::load(b.exp_hard + i) + (student * e_s + d);
+    Vec d = second * Vec::load(b.exp_t + i) + constant;
+    Vec of_e_s = student;
+    if constexpr (kHard == Hard::square) of_e_s = hard * e_s + of_e_s;
+    if constexpr (kHard == Hard::power) d = hard * Vec::load(b.exp_hard + i) + d;
+    if constexpr (kRatio) {
+      d = weigh(e_s, ratio * Vec::load(b.ratio + i) + of_e_s) + d;
+    } else {
+      d = of_e_s * e_s + d;
+    }
     d.store(gradient + i);
   }
 }
 
-FASTKD_FN void gradient_sweep_of(Hard hard, const BlockView& b, BlockCoefficients c, float* gradient) {
-  if (hard == Hard::square) return gradient_sweep<Hard::square>(b, c, gradient);
-  if (hard == Hard::power || hard == Hard::own) return gradient_sweep<Hard::power>(b, c, gradient);
+template <bool kRatio>
+FASTKD_FN void gradient_sweep_hard(Hard hard, const BlockView& b, BlockCoefficients c, float* gradient) {
+  if (hard == Hard::square) return gradient_sweep<kRatio, Hard::square>(b, c, gradient);
+  if (hard == Hard::power || hard == Hard::own) return gradient_sweep<kRatio, Hard::power>(b, c, gradient);
   c.student += c.hard;  // T = 1: one exponential serves both
-  gradient_sweep<Hard::none>(b, c, gradient);
+  gradient_sweep<kRatio, Hard::none>(b, c, gradient);
+}
+
+FASTKD_FN void gradient_sweep_of(Hard hard, const BlockView& b, const BlockCoefficients& c, float* gradient) {
+  if (c.ratio != 0) return gradient_sweep_hard<true>(hard, b, c, gradient);
+  gradient_sweep_hard<false>(hard, b, c, gradient);
 }
 
 // Chain rule of s <- c tanh(s / c): times 1 - (s / c)^2; 0 at a mask.
