@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import checks, ops
+from .options import check_backend
 
 # in the order in which ``auto`` tries them
 ORDER = ("native", "eager")
@@ -31,6 +33,8 @@ def _why_not_native(student_logits: Tensor, teacher_logits: Tensor) -> str | Non
         return ops.load_error or ops.isa_error
     if student_logits.device.type not in ops.native_devices():
         return f"built for {', '.join(ops.native_devices())}; the logits are on {student_logits.device.type}"
+    if torch._C._are_functorch_transforms_active():
+        return "its autograd cannot be traced by torch.func transforms"
     for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if x.dtype not in checks.LOGIT_DTYPES:
             return f"takes float32, bfloat16 and float16; {name} is {str(x.dtype).removeprefix('torch.')}"
@@ -54,8 +58,12 @@ def select_backend(backend: str, student_logits: Tensor, teacher_logits: Tensor)
 def explain(student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "auto") -> Explanation:
     """Which backend :func:`fastkd.kd_loss` would use for these logits, and why not the others.
 
-    Logits as in :func:`fastkd.kd_loss`; nothing is computed. Print the result.
+    Logits and ``backend`` as in :func:`fastkd.kd_loss`; nothing is computed. Print the result.
+
+    Raises:
+        ValueError: an unknown ``backend``.
     """
+    check_backend(backend)
     why_not = _why_not_native(student_logits, teacher_logits)
     chosen = backend if backend == "eager" or why_not is None and backend == "native" else ""
     if backend == "auto":

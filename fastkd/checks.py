@@ -112,18 +112,30 @@ def check_values_on_cpu(
 def check_inplace(student_logits: Tensor) -> None:
     """Refuse to overwrite ``student_logits`` where autograd would then be wrong, or where rows share memory."""
     why = None
-    if student_logits.is_leaf and student_logits.requires_grad:
-        why = "a leaf that requires grad, whose value the optimizer still needs"
-    elif any(size > 1 and stride == 0 for size, stride in zip(student_logits.shape, student_logits.stride())):
-        why = "an expanded tensor, whose rows share memory"
+    base = student_logits._base if student_logits._is_view() else student_logits
+    if base.is_leaf and base.requires_grad:
+        why = "(a view of) a leaf that requires grad, whose value the optimizer still needs"
+    elif _overlaps(student_logits):
+        why = "expanded or overlapping: its rows share memory"
     elif student_logits.stride(-1) != 1 and student_logits.shape[-1] > 1:
-        why = f"a tensor whose last dimension has stride {student_logits.stride(-1)}, not 1"
+        why = f"strided by {student_logits.stride(-1)} in its last dimension, which must be contiguous"
     else:
         producer = _saving_producer(student_logits)
         if producer:
             why = f"the output of {producer}, which autograd still needs for its own backward"
     if why:
         raise ValueError(f"inplace=True would overwrite student_logits, but it is {why}; pass inplace=False")
+
+
+def _overlaps(x: Tensor) -> bool:
+    """True where two index tuples of ``x`` may name the same memory."""
+    extent = 1  # elements from the first to the last one of the dimensions seen so far
+    for stride, size in sorted(zip(x.stride(), x.shape)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += stride * (size - 1)
+    return False
 
 
 # Views and reshapes: nodes that hand a tensor on without copying it, so the producer behind them matters too.

@@ -110,7 +110,9 @@ def eager_kd_loss(
     lq, lp = torch.log_softmax(student / t, -1), torch.log_softmax(teacher / t, -1)
     kd = divergence_terms(options.divergence, options.beta, lp, lq).sum(-1)
     t_squared = t * t if temperature is None else (t * t).squeeze(-1)
-    loss = options.kd_weight * (kd * t_squared if options.scale_by_t2 else kd)
+    loss = torch.where(torch.zeros_like(valid), student.amax(-1), 0.0)  # 0 with a graph, whatever is left out below
+    if options.kd_weight != 0:  # else left out: it may be infinite
+        loss = options.kd_weight * (kd * t_squared if options.scale_by_t2 else kd)
     ce = torch.zeros_like(kd)
     if labels is not None and (options.ce_weight != 0 or options.return_stats):
         ce = _cross_entropy(student, labels, options)

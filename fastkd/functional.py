@@ -82,8 +82,9 @@ def kd_loss(
         num_items_in_batch: int or 0-d tensor, the denominator of ``mean`` over accumulation steps and ranks.
         vocab: ``error`` refuses vocabularies of different size, ``truncate`` uses the common prefix; columns
             beyond it get gradient 0.
-        inplace: overwrite ``student_logits`` with its gradient instead of allocating one. Ignored where no gradient
-            is asked for, by the eager backend, and inside ``torch.compile``, which plans memory itself.
+        inplace: overwrite ``student_logits`` with its gradient instead of allocating one; nothing may read the logits
+            afterwards, and what autograd saved of them before raises in backward. Ignored where no gradient is asked
+            for, by the eager backend, and inside ``torch.compile``, which plans memory itself.
         return_stats: also return :class:`fastkd.KDStats` from the same pass.
         backend: ``auto``, ``native`` or ``eager``; see :func:`fastkd.explain`.
 
@@ -116,7 +117,7 @@ def kd_loss(
     if num_items_in_batch is not None:
         num_items_in_batch = checks.check_num_items(num_items_in_batch, reduction, student_logits.device)
     name = select_backend(backend, student_logits, teacher_logits)
-    if name == "eager" and not torch.compiler.is_compiling():
+    if name == "eager" and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         vocab_size = min(student_logits.shape[-1], teacher_logits.shape[-1])
         checks.check_values_on_cpu(vocab_size, labels, temperature if per_token_temperature else None, ignore_index)
     run = native_kd_loss if name == "native" else eager_kd_loss

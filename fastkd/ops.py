@@ -66,34 +66,40 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, upstream: Tensor | None, *_unused: Tensor | None):
-    nothing = (None,) * 19
     if upstream is None:
-        return None, *nothing
+        return (None,) * 20
     if not ctx.with_gradient:
         raise RuntimeError("kd_forward was called with with_gradient=False and cannot be differentiated")
-    return _rescaled(*ctx.saved_tensors[:1], upstream, ctx.saved_tensors[1]), *nothing
+    gradient, pending = ctx.saved_tensors
+    return _rescaled(gradient, upstream, pending), *(None,) * 19
 
 
-class _InplaceLoss(torch.autograd.Function):
-    """kd_forward_ under autograd: the memory of student_logits becomes the saved gradient."""
+class _Loss(torch.autograd.Function):
+    """The operators under autograd, called directly: the registered formula, which traced graphs use, costs 90 us a call.
+
+    In place, the memory of student_logits becomes the saved gradient.
+    """
 
     @staticmethod
-    def forward(ctx, student_logits: Tensor, *arguments):
-        loss, pending, stats = torch.ops.fastkd.kd_forward_(student_logits, *arguments)
-        # so that autograd notices where anything else needs the overwritten logits
-        torch.autograd.graph.increment_version(student_logits)
-        ctx.save_for_backward(student_logits, pending)
-        ctx.mark_non_differentiable(pending, stats)
+    def forward(ctx, student_logits: Tensor, arguments: tuple, inplace: bool):
         ctx.set_materialize_grads(False)
-        return loss, pending, stats
+        if inplace:
+            loss, pending, stats = torch.ops.fastkd.kd_forward_.default(student_logits, *arguments)
+            # so that autograd notices where anything else still needs the overwritten logits
+            torch.autograd.graph.increment_version(student_logits)
+            gradient = student_logits.detach()
+        else:
+            loss, gradient, pending, stats = torch.ops.fastkd.kd_forward.default(student_logits, *arguments, True)
+        ctx.save_for_backward(gradient, pending)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
 
     @staticmethod
-    def backward(ctx, upstream: Tensor | None, *_unused: Tensor | None):
-        nothing = (None,) * 18
+    def backward(ctx, upstream: Tensor | None, _stats: None):
         if upstream is None:
-            return None, *nothing
+            return None, None, None
         gradient, pending = ctx.saved_tensors
-        return _rescaled(gradient.detach(), upstream, pending), *nothing
+        return _rescaled(gradient, upstream, pending), None, None
 
 
 def _fake_outputs(student_logits: Tensor, reduction: str, with_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,12 +151,13 @@ def native_kd_loss(
     )  # fmt: skip
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     tracing = torch.compiler.is_compiling()
+    if o.inplace and with_gradient and not tracing:
+        checks.check_inplace(student_logits)
     try:
-        if o.inplace and with_gradient and not tracing:
-            checks.check_inplace(student_logits)
-            loss, _, stats = _InplaceLoss.apply(student_logits, *arguments)
-        else:
+        if tracing or not with_gradient:
             loss, _, _, stats = torch.ops.fastkd.kd_forward(student_logits, *arguments, with_gradient)
+        else:
+            loss, stats = _Loss.apply(student_logits, arguments, o.inplace)
     except RuntimeError:
         if not tracing:  # the operator knows only RuntimeError; this says which value of which argument it was
             vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])

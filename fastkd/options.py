@@ -55,6 +55,11 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(repr, allowed))}")
 
 
+def check_backend(backend: object) -> None:
+    """Raise ValueError for a backend of unknown name."""
+    _check_choice("backend", backend, BACKENDS)
+
+
 def _check_numbers(options: Options) -> None:
     for name, (is_allowed, allowed) in _NUMBERS.items():
         value = getattr(options, name)
@@ -77,7 +82,7 @@ def check_options(options: Options) -> None:
     _check_choice("divergence", options.divergence, tuple(SPECS))
     _check_choice("reduction", options.reduction, REDUCTIONS)
     _check_choice("vocab", options.vocab, VOCAB_POLICIES)
-    _check_choice("backend", options.backend, BACKENDS)
+    check_backend(options.backend)
     _check_numbers(options)
     if not _is_number(options.beta):
         raise TypeError(f"beta must be a number; got {type(options.beta).__name__}: {options.beta!r}")

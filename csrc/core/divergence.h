@@ -33,7 +33,7 @@ template <class F>
 struct Mixture {
   F log2_p_over_m, log2_m_over_q, q_over_m;
 
-  FASTKD_METHOD Mixture(const Column<F>& c, float share) {
+  FASTKD_METHOD Mixture(const Column<F>& c, float share, float rest) {  // rest = 1 - share
     // A masked column has an infinite ratio and the probability 0; a large finite one makes their product 0. NaN, where
     // both models are masked, becomes any number: both probabilities are 0 there.
     const F limit = F(1e30f), zero = F(0.0f), one = F(1.0f);
@@ -41,8 +41,8 @@ struct Mixture {
     const F above = max(ratio, zero), below = min(ratio, zero);
     const auto teacher_larger = ratio > zero;
     const F smaller_over_larger = exp2(below - above);
-    const F own = select(teacher_larger, F(share), F(1.0f - share));
-    const F m_over_larger = own + (one - own) * smaller_over_larger;
+    const F own = select(teacher_larger, F(share), F(rest)), other = select(teacher_larger, F(rest), F(share));
+    const F m_over_larger = own + other * smaller_over_larger;
     const F log2_m = log2(m_over_larger);  // relative to the larger of p and q
     log2_p_over_m = below - log2_m;
     log2_m_over_q = above + log2_m;
@@ -50,15 +50,16 @@ struct Mixture {
   }
 };
 
+// beta and rest = 1 - beta of the public function.
 template <Divergence>
 struct DivergenceTerm;
 
 template <>
 struct DivergenceTerm<Divergence::jsd> {
   template <class F>
-  FASTKD_METHOD static Term<F> at(const Column<F>& c, float beta) {
-    const Mixture<F> m(c, beta);
-    const F student = F(beta - 1.0f) * c.q * m.log2_m_over_q;
+  FASTKD_METHOD static Term<F> at(const Column<F>& c, float beta, float rest) {
+    const Mixture<F> m(c, beta, rest);
+    const F student = F(-rest) * c.q * m.log2_m_over_q;
     return {F(beta) * c.p * m.log2_p_over_m + student, student};
   }
 };
@@ -66,7 +67,7 @@ struct DivergenceTerm<Divergence::jsd> {
 template <>
 struct DivergenceTerm<Divergence::total_variation> {
   template <class F>
-  FASTKD_METHOD static Term<F> at(const Column<F>& c, float) {
+  FASTKD_METHOD static Term<F> at(const Column<F>& c, float, float) {
     const F zero = F(0.0f), half = F(0.5f * kLog2e), half_q = half * c.q;
     const F dlogq = select(c.p > c.q, zero - half_q, select(c.q > c.p, half_q, zero));  // 0 at a tie
     return {half * abs(c.p - c.q), dlogq};
@@ -76,17 +77,17 @@ struct DivergenceTerm<Divergence::total_variation> {
 template <>
 struct DivergenceTerm<Divergence::skew_forward_kl> {
   template <class F>
-  FASTKD_METHOD static Term<F> at(const Column<F>& c, float beta) {
-    const Mixture<F> m(c, beta);
-    return {c.p * m.log2_p_over_m, F((beta - 1.0f) * kLog2e) * c.p * m.q_over_m};
+  FASTKD_METHOD static Term<F> at(const Column<F>& c, float beta, float rest) {
+    const Mixture<F> m(c, beta, rest);
+    return {c.p * m.log2_p_over_m, F(-rest * kLog2e) * c.p * m.q_over_m};
   }
 };
 
 template <>
 struct DivergenceTerm<Divergence::skew_reverse_kl> {
   template <class F>
-  FASTKD_METHOD static Term<F> at(const Column<F>& c, float beta) {
-    const Mixture<F> m(c, 1.0f - beta);
+  FASTKD_METHOD static Term<F> at(const Column<F>& c, float beta, float rest) {
+    const Mixture<F> m(c, rest, beta);
     const F value = F(0.0f) - c.q * m.log2_m_over_q;
     return {value, value + F(kLog2e) * c.q * (F(1.0f) - F(beta) * m.q_over_m)};
   }

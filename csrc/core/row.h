@@ -10,7 +10,7 @@ namespace fastkd {
 // What the row is asked for.
 struct RowOptions {
   Divergence divergence = Divergence::forward_kl;
-  float beta = 0.5f;
+  float beta = 0.5f, beta_rest = 0.5f;  // beta and 1 - beta, each rounded once
   float temperature = 1;
   bool scale_by_t2 = true;
   float kd_weight = 1, ce_weight = 0, label_smoothing = 0, z_loss = 0;
@@ -28,6 +28,9 @@ struct Denominators {
 FASTKD_FN float forward_share(const RowOptions& o) {
   return o.divergence == Divergence::forward_kl ? 1.0f : o.divergence == Divergence::reverse_kl ? 0.0f : o.beta;
 }
+FASTKD_FN float reverse_share(const RowOptions& o) {
+  return o.divergence == Divergence::forward_kl ? 0.0f : o.divergence == Divergence::reverse_kl ? 1.0f : o.beta_rest;
+}
 
 // KL(teacher || student) and KL(student || teacher) in nats, from the first sweep alone.
 FASTKD_FN float forward_kl_of(const Piece& row, const Denominators& z) {
@@ -39,8 +42,8 @@ FASTKD_FN float reverse_kl_of(const Piece& row, const Denominators& z) {
 
 // A mixed divergence. A direction of weight 0 is left out: it may be infinite.
 FASTKD_FN float mixed_kl_of(const RowOptions& o, const Piece& row, const Denominators& z) {
-  const float w = forward_share(o);
-  return (w == 0 ? 0.0f : w * forward_kl_of(row, z)) + (w == 1 ? 0.0f : (1.0f - w) * reverse_kl_of(row, z));
+  const float forward = forward_share(o), reverse = reverse_share(o);
+  return (forward == 0 ? 0.0f : forward * forward_kl_of(row, z)) + (reverse == 0 ? 0.0f : reverse * reverse_kl_of(row, z));
 }
 
 // Cross-entropy at T = 1 with label smoothing and z-loss. label_y: exponent of the label's logit at T.
@@ -80,17 +83,17 @@ FASTKD_FN void add_cross_entropy(GradientCoefficients& c, const RowOptions& o, c
 FASTKD_FN GradientCoefficients divergence_coefficients(const RowOptions& o, const Piece& row, const Denominators& z,
                                                        const TermSums& terms, float scale) {
   GradientCoefficients c;
+  if (o.kd_weight == 0) return c;  // left out: it may be infinite
   const float weight = scale * o.kd_weight * (o.scale_by_t2 ? o.temperature : 1.0f / o.temperature);
   if (!is_mixed_kl(o.divergence)) {
     c.dlogq = weight * kLn2;
     c.student = -c.dlogq * terms.dlogq / row.sum_s;
     return c;
   }
-  const float w = forward_share(o);
-  c.student = weight * w / row.sum_s;
-  c.teacher = -weight * w / row.sum_t;
-  if (w == 1) return c;
-  const float reverse = weight * (1.0f - w) / row.sum_s;
+  c.student = weight * forward_share(o) / row.sum_s;
+  c.teacher = -weight * forward_share(o) / row.sum_t;
+  if (reverse_share(o) == 0) return c;
+  const float reverse = weight * reverse_share(o) / row.sum_s;
   c.ratio = -reverse * kLn2;
   c.student -= reverse * (reverse_kl_of(row, z) + kLn2 * (z.log2_s - z.log2_t));
   return c;

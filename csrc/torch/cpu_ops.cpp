@@ -95,16 +95,15 @@ struct Outputs {
 // Fills everything of the call but the gradient.
 void fill_call(LossCall& call, const Tensor& student, const Scalars& o) {
   LossParams& p = call.params;
-  p.options = {parse_divergence(o.divergence),       static_cast<float>(o.beta),
-               static_cast<float>(o.temperature),    o.scale_by_t2,
-               static_cast<float>(o.kd_weight),      static_cast<float>(o.ce_weight),
-               static_cast<float>(o.label_smoothing), static_cast<float>(o.z_loss)};
+  const auto as_float = [](double x) { return static_cast<float>(x); };
+  p.options = {parse_divergence(o.divergence), as_float(o.beta),      as_float(1 - o.beta),
+               as_float(o.temperature),        o.scale_by_t2,         as_float(o.kd_weight),
+               as_float(o.ce_weight),          as_float(o.label_smoothing), as_float(o.z_loss)};
   p.student_softcap = static_cast<float>(o.student_softcap.value_or(0));
   p.teacher_softcap = static_cast<float>(o.teacher_softcap.value_or(0));
   p.ignore_index = o.ignore_index;
   p.gradient_columns = columns_of(student);
   call.reduction = parse_reduction(o.reduction);
-  STD_TORCH_CHECK(p.options.ce_weight == 0 || p.labels, "ce_weight needs labels");
 }
 
 void raise_for(const Status& status, const RowTensors& rows) {
@@ -130,6 +129,7 @@ Outputs run(LossCall& call, const Tensor& student, const Tensor& teacher, RowTen
   p.temperatures = float_data(rows.temperatures);
   call.num_items = float_data(rows.num_items);
   fill_call(call, student, o);
+  STD_TORCH_CHECK(p.options.ce_weight == 0 || rows.labels, "ce_weight needs labels");
 
   const std::vector<int64_t> shape = leading_shape(student);
   std::vector<int64_t> stats_shape = {o.with_stats ? 5 : 0};

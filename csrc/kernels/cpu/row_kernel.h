@@ -121,7 +121,8 @@ void second_step(RowJob& job, int64_t begin, int64_t end) {
     scales.student /= job.row.sum_s;
     scales.teacher /= job.row.sum_t;
     scales.log2_ratio += z.log2_s - z.log2_t;
-    job.scratch.terms[block] = term_sweep_of(job.options.divergence, job.view(block), scales, job.options.beta);
+    job.scratch.terms[block] = term_sweep_of(job.options.divergence, job.view(block), scales, job.options.beta,
+                                             job.options.beta_rest);
   }
 }
 
@@ -147,7 +148,10 @@ void finish_row(RowJob& job) {
   const RowOptions& o = job.options;
   const Denominators z(job.row);
   job.divergence = is_mixed_kl(o.divergence) ? mixed_kl_of(o, job.row, z) : kLn2 * job.terms.value;
-  float loss = o.kd_weight * (o.scale_by_t2 ? o.temperature * o.temperature : 1.0f) * job.divergence;
+  float loss = 0;  // a part of weight 0 is left out: it may be infinite
+  if (o.kd_weight != 0) {
+    loss = o.kd_weight * (o.scale_by_t2 ? o.temperature * o.temperature : 1.0f) * job.divergence;
+  }
   float ce = 0;
   if (p.needs_hard()) {
     const float label_y = job.softening.relative_to(job.row.largest_s)(job.label_logit);

@@ -141,13 +141,13 @@ struct BlockScales {
 // Second sweep: dlogq of every column replaces the teacher's exponential; returns the sums of term and dlogq.
 // scales: over the row's denominators, so that the exponentials become probabilities.
 template <Divergence kDivergence>
-TermSums term_sweep(const BlockView& b, const BlockScales& scales, float beta) {
+TermSums term_sweep(const BlockView& b, const BlockScales& scales, float beta, float rest) {
   const Vec scale_s(scales.student), scale_t(scales.teacher), log2_ratio(scales.log2_ratio);
   Vec value(0.0f), dlogq(0.0f);
   for (int i = 0; i < b.n; i += kLanes) {
     const Column<Vec> column{scale_t * Vec::load(b.exp_t + i), scale_s * Vec::load(b.exp_s + i),
                              log2_ratio + Vec::load(b.ratio + i)};
-    const Term<Vec> term = DivergenceTerm<kDivergence>::at(column, beta);
+    const Term<Vec> term = DivergenceTerm<kDivergence>::at(column, beta, rest);
     value += term.value;
     dlogq += term.dlogq;
     term.dlogq.store(b.exp_t + i);
@@ -155,12 +155,12 @@ TermSums term_sweep(const BlockView& b, const BlockScales& scales, float beta) {
   return {sum_lanes(value), sum_lanes(dlogq)};
 }
 
-FASTKD_FN TermSums term_sweep_of(Divergence d, const BlockView& b, const BlockScales& scales, float beta) {
+FASTKD_FN TermSums term_sweep_of(Divergence d, const BlockView& b, const BlockScales& scales, float beta, float rest) {
   switch (d) {
-    case Divergence::jsd: return term_sweep<Divergence::jsd>(b, scales, beta);
-    case Divergence::total_variation: return term_sweep<Divergence::total_variation>(b, scales, beta);
-    case Divergence::skew_forward_kl: return term_sweep<Divergence::skew_forward_kl>(b, scales, beta);
-    case Divergence::skew_reverse_kl: return term_sweep<Divergence::skew_reverse_kl>(b, scales, beta);
+    case Divergence::jsd: return term_sweep<Divergence::jsd>(b, scales, beta, rest);
+    case Divergence::total_variation: return term_sweep<Divergence::total_variation>(b, scales, beta, rest);
+    case Divergence::skew_forward_kl: return term_sweep<Divergence::skew_forward_kl>(b, scales, beta, rest);
+    case Divergence::skew_reverse_kl: return term_sweep<Divergence::skew_reverse_kl>(b, scales, beta, rest);
     default: return {};  // mixed divergences have no second sweep
   }
 }
@@ -203,12 +203,12 @@ FASTKD_FN void gradient_sweep_of(Hard hard, const BlockView& b, const BlockCoeff
   gradient_sweep_hard<false>(hard, b, c, gradient);
 }
 
-// Chain rule of s <- c tanh(s / c): times 1 - (s / c)^2; 0 at a mask.
+// Chain rule of s <- c tanh(s / c): times 1 - (s / c)^2; a mask is left as it is.
 FASTKD_FN void apply_softcap_gradient(const float* capped_logits, int n, float softcap, float* gradient) {
-  const Vec inverse_cap(1.0f / softcap), one(1.0f), zero(0.0f), masked(minus_infinity());
+  const Vec inverse_cap(1.0f / softcap), one(1.0f), masked(minus_infinity());
   for (int i = 0; i < n; i += kLanes) {
     const Vec x = Vec::load(capped_logits + i), u = x * inverse_cap;
-    const Vec slope = select(x > masked, one - u * u, zero);
+    const Vec slope = select(x > masked, one - u * u, one);
     (slope * Vec::load(gradient + i)).store(gradient + i);
   }
 }
