@@ -134,7 +134,7 @@ def _scaled(factor: float, d: _Direction) -> _Direction:
     return (
         _Direction(factor * d.term, factor * d.magnitude)
         if factor
-        else _Direction(0 * d.magnitude, 0 * d.magnitude)
+        else _Direction(np.zeros_like(d.term), np.zeros_like(d.term))
     )
 
 

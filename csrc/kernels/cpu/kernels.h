@@ -14,7 +14,7 @@ void run_rows(const LossParams& p, int64_t begin, int64_t end, const RowScratch&
       ignore_row(p, n);
       continue;
     }
-    RowJob job(p, n, scratch, false);
+    RowJob job(p, n, scratch);
     first_step(job, 0, blocks);
     merge_first_step(job);
     if (!is_mixed_kl(p.options.divergence)) {
@@ -42,7 +42,7 @@ void run_step(RowJob& job, const Executor& executor, void (*step)(RowJob&, int64
 
 void run_shared_row(const LossParams& p, int64_t n, const RowScratch& scratch, const Executor& executor) {
   if (p.ignored(n)) return ignore_row(p, n);
-  RowJob job(p, n, scratch, true);
+  RowJob job(p, n, scratch);
   run_step(job, executor, first_step);
   merge_first_step(job);
   if (!is_mixed_kl(p.options.divergence)) {

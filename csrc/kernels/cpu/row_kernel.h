@@ -20,15 +20,14 @@ struct RowJob {
   float label_logit = 0;  // read before anything is overwritten
   Hard hard;
   bool exp_in_gradient;    // see exp_s_at
-  int64_t scratch_stride;  // from block to block; 0: one block's scratch serves them all
+  bool keeps_exponentials;  // a later sweep needs them; else each block's are forgotten after its sums
   RowScratch scratch;
   Piece row;
   TermSums terms;
   float divergence = 0;  // nats
   GradientCoefficients coefficients;
 
-  // shared: other threads work on other blocks of the row at the same time.
-  RowJob(const LossParams& p, int64_t row_index, const RowScratch& s, bool shared)
+  RowJob(const LossParams& p, int64_t row_index, const RowScratch& s)
       : params(p),
         n(row_index),
         options(p.options),
@@ -41,7 +40,7 @@ struct RowJob {
     hard = hard_source(options.temperature, p.needs_hard());
     if (p.needs_hard()) label_logit = read_column(student, p.student.dtype, p.labels[n], p.student_softcap);
     exp_in_gradient = gradient && p.gradient.dtype == DType::float32 && p.student_softcap == 0;
-    scratch_stride = gradient || shared || !is_mixed_kl(options.divergence) ? kBlock : 0;
+    keeps_exponentials = gradient || !is_mixed_kl(options.divergence);
   }
 
   int columns_of(int64_t block) const {
@@ -55,10 +54,10 @@ struct RowJob {
   // The student's exponentials wait in the gradient's own memory where they fit: fewer lines in the cache.
   float* exp_s_at(int64_t block) const {
     const bool whole = columns_of(block) % kLanes == 0;
-    return whole && exp_in_gradient ? reinterpret_cast<float*>(gradient_at(block)) : scratch.exp_s + block * scratch_stride;
+    return whole && exp_in_gradient ? reinterpret_cast<float*>(gradient_at(block)) : scratch.exp_s + block * kBlock;
   }
   BlockView view(int64_t block) const {
-    const int64_t at = block * scratch_stride;
+    const int64_t at = block * kBlock;
     BlockView v{};
     v.n = padded(columns_of(block));
     v.exp_s = exp_s_at(block);
@@ -74,9 +73,11 @@ FASTKD_FN Exponent<Vec> lanes_of(const Exponent<float>& e) { return {Vec(e.refer
 
 void first_step(RowJob& job, int64_t begin, int64_t end) {
   const LossParams& p = job.params;
+  alignas(64) float forgotten[4][kBlock];
   for (int64_t block = begin; block < end; ++block) {
     const int columns = job.columns_of(block);
     BlockView view = job.view(block);
+    if (!job.keeps_exponentials) view.keep_in(forgotten);
     const Block s = read_block(job.student_at(block), p.student.dtype, columns, p.student_softcap, view.exp_s);
     const Block t = read_block(job.teacher_at(block), p.teacher.dtype, columns, p.teacher_softcap, view.exp_t);
     view.student = s.logits;
@@ -116,7 +117,8 @@ FASTKD_FN BlockScales block_scales(const RowJob& job, const Piece& piece) {
 
 void second_step(RowJob& job, int64_t begin, int64_t end) {
   const Denominators z(job.row);
-  for (int64_t block = begin; block < end; ++block) {
+  // backwards: what the first step touched last is still in the cache
+  for (int64_t block = end - 1; block >= begin; --block) {
     BlockScales scales = block_scales(job, job.scratch.pieces[block]);
     scales.student /= job.row.sum_s;
     scales.teacher /= job.row.sum_t;
@@ -182,10 +184,12 @@ void last_step(RowJob& job, int64_t begin, int64_t end) {
   const int64_t label = p.needs_hard() ? p.labels[job.n] : -1;
   const Hard hard = job.options.ce_weight != 0 ? job.hard : Hard::none;
   float gradient[kBlock];
-  for (int64_t block = begin; block < end; ++block) {
+  // against the direction of the step before, for the same reason as there
+  const int64_t step = is_mixed_kl(job.options.divergence) ? -1 : 1;
+  for (int64_t block = step > 0 ? begin : end - 1; block >= begin && block < end; block += step) {
     const int columns = job.columns_of(block);
     BlockView view = job.view(block);
-    view.next_d = stream(job.gradient_at(block + 1), p.gradient.dtype);
+    view.next_d = stream(job.gradient_at(block + step), p.gradient.dtype);
     gradient_sweep_of(hard, view, block_coefficients(job, block), gradient);
     const int64_t label_at = label - block * kBlock;
     if (label_at >= 0 && label_at < columns) gradient[label_at] += job.coefficients.label;

@@ -3,6 +3,7 @@
 
 #include "../../core/accumulators.h"
 #include "../../core/divergence.h"
+#include "isa.h"
 #include "simd.h"
 
 namespace fastkd {
@@ -44,6 +45,14 @@ struct BlockView {
   float* ratio;          // y_t - y_s
   float* exp_hard;       // 2^(T y_s)
   Stream next_s, next_t, next_d;  // what the next block reads and writes in memory
+
+  template <int kColumns>
+  FASTKD_METHOD void keep_in(float (&arrays)[4][kColumns]) {
+    exp_s = arrays[0];
+    exp_t = arrays[1];
+    ratio = arrays[2];
+    exp_hard = arrays[3];
+  }
 };
 
 // First sweep: exponentials of both models and the sums of them that a divergence needs.
@@ -56,6 +65,8 @@ void first_sweep(const BlockView& b, Exponent<Vec> exponent_s, Exponent<Vec> exp
   for (int i = 0; i < b.n; i += kLanes) {
     b.next_s.fetch(i);
     b.next_t.fetch(i);
+    __builtin_prefetch(b.exp_s + i + kBlock, 1);  // the next block's exponentials, about to be written
+    __builtin_prefetch(b.exp_t + i + kBlock, 1);
     const Vec y_s = exponent_s(Vec::load(b.student + i)), y_t = exponent_t(Vec::load(b.teacher + i));
     const Vec e_s = exp2(y_s), e_t = exp2(y_t), ratio = y_t - y_s;
     sum_s += e_s;
