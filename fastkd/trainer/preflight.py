@@ -1,0 +1,138 @@
+"""What is checked before the first step, so that nothing fails after an hour that could be known at once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator, PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import files, models
+from .checkpoint import checkpoint_bytes, model_tensors
+from .config import DistillConfig, differing_settings
+from .student import choose_blocks, student_config
+from .teacher import hidden_bytes
+
+
+def make_accelerator(precision: str, device: str) -> Accelerator:
+    """Device and precision; arguments as in the configuration.
+
+    Raises:
+        ValueError: started in several processes.
+    """
+    on_cpu = device == "cpu"
+    state = PartialState(cpu=on_cpu)
+    if state.num_processes > 1:
+        raise ValueError(f"fastkd distill runs in one process; it was started in {state.num_processes}")
+    precision = models.pick_precision(precision, state.device)
+    return Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision)
+
+
+def needs_teacher(config: DistillConfig) -> bool:
+    """Hard labels alone need a teacher only as the measure of held-out text."""
+    return config.loss.kd_weight != 0 or bool(config.data.eval)
+
+
+def check_student_source(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The student exists and speaks the teacher's vocabulary; reads configurations and tokenizers, no weights."""
+    teacher_size = models.vocab_size_of("teacher.path", config.teacher.path)
+    student_size = teacher_size
+    if config.student.path is not None:
+        student_size = models.vocab_size_of("student.path", config.student.path)
+        if models.has_tokenizer(config.student.path):
+            models.check_same_tokenizer(tokenizer, models.load_tokenizer("student.path", config.student.path))
+    elif config.student.config is not None:
+        student_size = student_config(config.student.config).get_text_config().vocab_size
+    else:
+        assert config.student.keep_blocks is not None
+        choose_blocks(
+            [0.0] * models.depth_of("teacher.path", config.teacher.path), config.student.keep_blocks
+        )
+    models.check_vocab_size(
+        teacher_size, student_size, max(tokenizer.get_vocab().values()) + 1, config.loss.vocab
+    )
+
+
+def open_output(config: DistillConfig) -> Path:
+    """The output folder: new, or that of the same run to resume."""
+    out = Path(config.output_dir)
+    saved = out / "config.yaml"
+    if saved.exists() and not config.resume:
+        raise ValueError(
+            f"output_dir={str(out)!r} holds a run already; allowed: --resume true, or another folder"
+        )
+    if saved.exists():
+        differing = differing_settings(config, saved.read_text(encoding="utf-8"))
+        if differing:
+            raise ValueError(
+                f"resume=true needs the settings the run began with; differing: {'; '.join(differing)}"
+            )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        files.remove_parts(out)
+        files.remove_parts(out / "checkpoints")
+    except OSError as error:
+        raise ValueError(f"output_dir={str(out)!r} cannot be written: {error}") from None
+    return out
+
+
+def count_steps(config: DistillConfig, rows: int) -> int:
+    """Optimizer steps of the run.
+
+    Raises:
+        ValueError: fewer rows than one step takes.
+    """
+    per_step = config.optim.rows_per_batch * config.optim.accumulation
+    if rows < per_step:
+        raise ValueError(
+            f"data.train gives {rows} rows of {config.data.seq_len} tokens and one step takes {per_step} "
+            "(optim.rows_per_batch * optim.accumulation); allowed: more text, shorter rows or smaller steps"
+        )
+    return config.optim.max_steps or config.optim.epochs * (rows // per_step)
+
+
+def predicted_sizes(
+    config: DistillConfig,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    train_rows: int,
+    eval_rows: int,
+) -> dict[str, int]:
+    """Bytes of everything the run writes, at the worst moment."""
+    weights = sum(t.numel() * t.element_size() for t in model_tensors(student).values())
+    cached = 0
+    if config.teacher.cache_hidden and teacher is not None:
+        rows = eval_rows + (train_rows if config.loss.kd_weight != 0 else 0)
+        cached = hidden_bytes(teacher, rows, config.data.seq_len)
+    return {
+        "checkpoints": checkpoint_bytes(student, config.keep_checkpoints) if config.checkpoint_every else 0,
+        "best student": 2 * weights if config.select == "best" else 0,
+        "final student": weights,
+        "teacher's hidden states": cached,
+        "tokenizer, metrics, curves": 32_000_000,
+    }
+
+
+def check_disk(
+    config: DistillConfig,
+    out: Path,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    train_rows: int,
+    eval_rows: int,
+) -> None:
+    """Refuse a run whose files will not fit; what ``out`` holds already counts towards them.
+
+    Raises:
+        ValueError: with the sizes.
+    """
+    needs = predicted_sizes(config, student, teacher, train_rows, eval_rows)
+    present = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    total, free = sum(needs.values()) - present, shutil.disk_usage(out).free
+    if total > free:
+        parts = ", ".join(f"{what} {size / 1e6:,.1f} MB" for what, size in needs.items() if size)
+        raise ValueError(
+            f"output_dir={str(out)!r} has {free / 1e6:,.1f} MB free and the run needs {total / 1e6:,.1f} MB more "
+            f"({parts}); allowed: a disk with more space, or fewer checkpoints (checkpoint_every, keep_checkpoints)"
+        )
