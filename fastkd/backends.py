@@ -24,7 +24,8 @@ class Explanation(NamedTuple):
         lines = [f"{'->' if name == self.backend else '  '} {name:8} {why}" for name, why in self.reasons.items()]
         return "\n".join(lines)
 
-    __str__ = __repr__
+    def __str__(self) -> str:
+        return repr(self)
 
 
 def _why_not_native(student_logits: Tensor, teacher_logits: Tensor) -> str | None:
@@ -65,13 +66,13 @@ def explain(student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "a
     """
     check_backend(backend)
     why_not = _why_not_native(student_logits, teacher_logits)
-    chosen = backend if backend == "eager" or why_not is None and backend == "native" else ""
+    chosen = backend if backend == "eager" or (why_not is None and backend == "native") else ""
     if backend == "auto":
         chosen = "native" if why_not is None else "eager"
     native = why_not or f"C++ kernels, {ops.cpu_isa()} on the CPU: one read of the logits, gradient in the same pass"
     reasons = {
         "native": native,
-        "eager": "torch operations and autograd: any device, any dtype up to float64, about 20 N x V tensors of traffic",
+        "eager": "torch operations and autograd: any device, any dtype up to float64, some 20 N x V tensors of traffic",
     }
     if chosen == "native":
         reasons["eager"] += " (auto takes it where native cannot run)" if backend == "auto" else " (not asked for)"

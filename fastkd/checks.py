@@ -59,7 +59,9 @@ def check_per_token(name: str, x: object, student_logits: Tensor, dtypes: tuple[
     if x.shape != student_logits.shape[:-1]:
         raise ValueError(f"{name} must have one value a token, shape {shape}; got {_describe(x)}")
     if x.device != student_logits.device:
-        raise ValueError(f"{name} must be on the device of student_logits ({student_logits.device}); got {_describe(x)}")
+        raise ValueError(
+            f"{name} must be on the device of student_logits ({student_logits.device}); got {_describe(x)}"
+        )
     if x.requires_grad:
         raise ValueError(f"{name} must not require grad: the loss has no gradient for it; pass {name}.detach()")
 
@@ -79,16 +81,14 @@ def check_num_items(num_items_in_batch: object, reduction: str, device: torch.de
         raise TypeError(f"{name} must be an int or a 0-d tensor; got {type(num_items_in_batch).__name__}")
     if not num_items_in_batch > 0:
         raise ValueError(f"{name} must be > 0; got {num_items_in_batch}")
-    return torch.full((), num_items_in_batch, dtype=torch.float32, device=device)
+    return torch.full((), float(num_items_in_batch), dtype=torch.float32, device=device)
 
 
 def _first_row(mask: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in mask.nonzero()[0])
 
 
-def check_values_on_cpu(
-    vocab_size: int, labels: Tensor | None, temperature: Tensor | None, ignore_index: int
-) -> None:
+def check_values_on_cpu(vocab_size: int, labels: Tensor | None, temperature: Tensor | None, ignore_index: int) -> None:
     """Values that only a CPU tensor shows without a sync: labels in range, temperatures finite and > 0."""
     valid = None
     if labels is not None and labels.device.type == "cpu":
@@ -112,7 +112,7 @@ def check_values_on_cpu(
 def check_inplace(student_logits: Tensor) -> None:
     """Refuse to overwrite ``student_logits`` where autograd would then be wrong, or where rows share memory."""
     why = None
-    base = student_logits._base if student_logits._is_view() else student_logits
+    base = student_logits if student_logits._base is None else student_logits._base
     if base.is_leaf and base.requires_grad:
         why = "(a view of) a leaf that requires grad, whose value the optimizer still needs"
     elif _overlaps(student_logits):
@@ -139,7 +139,7 @@ def _overlaps(x: Tensor) -> bool:
 
 
 # Views and reshapes: nodes that hand a tensor on without copying it, so the producer behind them matters too.
-_VIEW_NODES = ("View", "Reshape", "Slice", "Select", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Alias", "AsStrided")
+_VIEW_NODES = ("View", "Reshape", "Slice", "Select", "Transpose", "Permute", "queeze", "Alias", "AsStrided")
 
 
 def _saving_producer(x: Tensor) -> str | None:

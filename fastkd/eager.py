@@ -39,7 +39,9 @@ def divergence_terms(divergence: str, beta: float, lp: Tensor, lq: Tensor) -> Te
     if divergence == "reverse_kl":
         return reverse(torch.where(q > 0, lp, 0.0))
     if divergence == "symmetric_kl":
-        return beta * forward(torch.where(p > 0, lq, 0.0)) + (1 - beta) * reverse(torch.where(q > 0, lp, 0.0))
+        directions = ((beta, forward, torch.where(p > 0, lq, 0.0)), (1 - beta, reverse, torch.where(q > 0, lp, 0.0)))
+        # a direction of weight 0 is left out: it may be infinite
+        return sum((w * kl(log_m) for w, kl, log_m in directions if w != 0), torch.zeros_like(lp))
     if divergence == "jsd":
         log_m = _log_mixture(lp, lq, beta)
         return beta * forward(log_m) + (1 - beta) * reverse(log_m)
@@ -109,7 +111,7 @@ def eager_kd_loss(
     t = options.temperature if temperature is None else torch.where(valid, temperature, 1.0).to(dtype).unsqueeze(-1)
     lq, lp = torch.log_softmax(student / t, -1), torch.log_softmax(teacher / t, -1)
     kd = divergence_terms(options.divergence, options.beta, lp, lq).sum(-1)
-    t_squared = t * t if temperature is None else (t * t).squeeze(-1)
+    t_squared = t.squeeze(-1) ** 2 if isinstance(t, Tensor) else t * t
     loss = torch.where(torch.zeros_like(valid), student.amax(-1), 0.0)  # 0 with a graph, whatever is left out below
     if options.kd_weight != 0:  # else left out: it may be infinite
         loss = options.kd_weight * (kd * t_squared if options.scale_by_t2 else kd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @functools.lru_cache(maxsize=1024, typed=True)  # typed: True must not pass where 1 did
-def _check_options_cached(*options: object) -> None:
+def _check_options_cached(*options: Any) -> None:
     check_options(Options(*options))
 
 
@@ -98,9 +99,9 @@ def kd_loss(
             per-token temperatures are checked by value on the CPU only, so that no accelerator is waited for.
         RuntimeError: an explicit ``backend`` that cannot run, with the reason; a second derivative.
     """
-    per_token_temperature = isinstance(temperature, Tensor)
+    temperatures = temperature if isinstance(temperature, Tensor) else None
     options = Options(
-        divergence, beta, 1.0 if per_token_temperature else temperature, scale_by_t2, kd_weight, ce_weight,
+        divergence, beta, 1.0 if isinstance(temperature, Tensor) else temperature, scale_by_t2, kd_weight, ce_weight,
         label_smoothing, z_loss, student_softcap, teacher_softcap, ignore_index, reduction, vocab, inplace,
         return_stats, backend,
     )  # fmt: skip
@@ -112,22 +113,15 @@ def kd_loss(
         raise ValueError(f"ce_weight={ce_weight!r} needs labels; got labels=None")
     if token_weights is not None:
         checks.check_per_token("token_weights", token_weights, student_logits, _FLOATS)
-    if per_token_temperature:
-        checks.check_per_token("temperature", temperature, student_logits, _FLOATS)
+    if temperatures is not None:
+        checks.check_per_token("temperature", temperatures, student_logits, _FLOATS)
+    num_items = None
     if num_items_in_batch is not None:
-        num_items_in_batch = checks.check_num_items(num_items_in_batch, reduction, student_logits.device)
+        num_items = checks.check_num_items(num_items_in_batch, reduction, student_logits.device)
     name = select_backend(backend, student_logits, teacher_logits)
     if name == "eager" and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         vocab_size = min(student_logits.shape[-1], teacher_logits.shape[-1])
-        checks.check_values_on_cpu(vocab_size, labels, temperature if per_token_temperature else None, ignore_index)
+        checks.check_values_on_cpu(vocab_size, labels, temperatures, ignore_index)
     run = native_kd_loss if name == "native" else eager_kd_loss
-    loss, stats = run(
-        student_logits,
-        teacher_logits,
-        labels,
-        token_weights,
-        temperature if per_token_temperature else None,
-        num_items_in_batch,
-        options,
-    )
+    loss, stats = run(student_logits, teacher_logits, labels, token_weights, temperatures, num_items, options)
     return loss if stats is None else (loss, stats)

@@ -75,7 +75,7 @@ def _backward(ctx, upstream: Tensor | None, *_unused: Tensor | None):
 
 
 class _Loss(torch.autograd.Function):
-    """The operators under autograd, called directly: the registered formula, which traced graphs use, costs 90 us a call.
+    """The operators under autograd, called directly: the registered formula, for traced graphs, costs 90 us a call.
 
     In place, the memory of student_logits becomes the saved gradient.
     """
