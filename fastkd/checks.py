@@ -109,14 +109,16 @@ def check_values_on_cpu(vocab_size: int, labels: Tensor | None, temperature: Ten
             raise ValueError(f"temperature{list(row)} = {float(temperature[row])} must be a finite number > 0")
 
 
-def check_inplace(student_logits: Tensor) -> None:
-    """Refuse to overwrite ``student_logits`` where autograd would then be wrong, or where rows share memory."""
+def check_inplace(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Refuse to overwrite ``student_logits`` where autograd would then be wrong, or where memory is shared."""
     why = None
     base = student_logits if student_logits._base is None else student_logits._base
     if base.is_leaf and base.requires_grad:
         why = "(a view of) a leaf that requires grad, whose value the optimizer still needs"
     elif _overlaps(student_logits):
         why = "expanded or overlapping: its rows share memory"
+    elif _span_meets(student_logits, teacher_logits):
+        why = "in one stretch of memory with teacher_logits"
     elif student_logits.stride(-1) != 1 and student_logits.shape[-1] > 1:
         why = f"strided by {student_logits.stride(-1)} in its last dimension, which must be contiguous"
     else:
@@ -136,6 +138,17 @@ def _overlaps(x: Tensor) -> bool:
                 return True
             extent += stride * (size - 1)
     return False
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of ``x`` and of the one behind its last."""
+    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def _span_meets(a: Tensor, b: Tensor) -> bool:
+    (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
+    return a.numel() > 0 and b.numel() > 0 and a_begin < b_end and b_begin < a_end
 
 
 # Views and reshapes: nodes that hand a tensor on without copying it, so the producer behind them matters too.

@@ -152,7 +152,7 @@ def native_kd_loss(
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     tracing = torch.compiler.is_compiling()
     if o.inplace and with_gradient and not tracing:
-        checks.check_inplace(student_logits)
+        checks.check_inplace(student_logits, teacher_logits)
     try:
         if tracing or not with_gradient:
             loss, _, _, stats = torch.ops.fastkd.kd_forward(student_logits, *arguments, with_gradient)

@@ -161,7 +161,8 @@ class Checkpoints:
             ) from None
         for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
             group.update(saved, betas=tuple(saved["betas"]))
-        scheduler.load_state_dict(state["schedule"])
+        # Its functions are not saved; they follow from the configuration and are there already.
+        scheduler.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(state["groups"])})
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         _restore_rng(rng)
