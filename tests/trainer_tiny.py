@@ -74,7 +74,8 @@ def make_world(folder: Path) -> Path:
 
 
 def make_config(world: Path, out: Path, **changes: Any) -> DistillConfig:
-    """A run of 12 steps over the tiny world. ``changes`` are settings by dotted name, dots as double underscores."""
+    """A run of 12 steps over the tiny world. ``changes`` are settings by dotted name, dots as double
+    underscores."""
     config = DistillConfig(
         teacher=TeacherConfig(str(world / "teacher")),
         student=StudentConfig(keep_blocks=4, calibration_rows=2),

@@ -75,9 +75,7 @@ def make_splits(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, plan: Plan, 
         ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
         packed = pack([torch.tensor(i, dtype=torch.int64) for i in ids], plan.seq_len, False, None)
         if len(packed) < count:
-            raise ValueError(
-                f"the text gives {len(packed)} rows of {plan.seq_len} tokens where {count} are needed"
-            )
+            raise ValueError(f"the text gives {len(packed)} rows of {plan.seq_len} tokens where {count} are needed")
         # A document's later rows depend on its earlier ones, so rows are taken from as many documents as there are.
         return take_in_turn(packed, count, seed)
 
@@ -134,7 +132,7 @@ class Experiment:
             select="best",
             precision={"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
             seed=self.seed,
-        )  # type: ignore[arg-type]
+        )
 
     def correct_teacher(self) -> Path:
         """The teacher after one pass over the training rows with hard labels ("teacher correction" of Minitron,
@@ -163,9 +161,7 @@ class Experiment:
         for kind, loss in LOSSES.items():
             name = f"{kind}-{key}"
             self.console.print(f"\n[bold]{name}[/]: {rows} rows of {self.plan.seq_len} tokens, {epochs} x")
-            regime.outcomes[kind] = distill(
-                self._config(name, teacher, start, key, epochs, loss), self.console
-            )
+            regime.outcomes[kind] = distill(self._config(name, teacher, start, key, epochs, loss), self.console)
         return regime
 
     def test_teacher(self, path: Path) -> Teacher:
@@ -177,9 +173,7 @@ class Experiment:
             teacher.cache("test", self.splits.test, ROWS_PER_STEP, progress)
         return teacher
 
-    def measure(
-        self, name: str, path: Path, teacher: Teacher, model: PreTrainedModel | None = None
-    ) -> Measured:
+    def measure(self, name: str, path: Path, teacher: Teacher, model: PreTrainedModel | None = None) -> Measured:
         """Test figures, size, speed and a sample of a saved model."""
         is_teacher = model is teacher.model
         if model is None:
@@ -224,9 +218,7 @@ class Experiment:
         tokens = ROWS_PER_STEP * self.plan.seq_len
         return {
             kind: [
-                {**m, "tokens": m["step"] * tokens}
-                for m in read_metrics(outcome.metrics_path)
-                if m["event"] == "eval"
+                {**m, "tokens": m["step"] * tokens} for m in read_metrics(outcome.metrics_path) if m["event"] == "eval"
             ]
             for kind, outcome in regime.outcomes.items()
         }

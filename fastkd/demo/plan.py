@@ -37,13 +37,11 @@ SMOKE = Plan(rows=8, epochs=2, dev_rows=4, test_rows=8, seq_len=128, kept_share=
 
 @torch.no_grad()
 def seconds_per_row(model: PreTrainedModel, accelerator: Accelerator, seq_len: int) -> float:
-    """Best of three forward passes of the model over one batch, divided by its rows."""
+    """Best of five forward passes of the model over one batch, divided by its rows."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (ROWS_PER_STEP, seq_len), generator=generator).to(
-        accelerator.device
-    )
+    ids = torch.randint(model.config.vocab_size, (ROWS_PER_STEP, seq_len), generator=generator).to(accelerator.device)
     best = float("inf")
-    for _ in range(3):
+    for _ in range(5):
         began = time.perf_counter()
         with accelerator.autocast():
             model(input_ids=ids, use_cache=False)

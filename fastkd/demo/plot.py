@@ -56,9 +56,7 @@ def plot_demo(
     figure.savefig(path, dpi=110)
 
 
-def _plot_differences(
-    axes: Any, differences: dict[str, dict[str, Difference]], labels: dict[str, str]
-) -> None:
+def _plot_differences(axes: Any, differences: dict[str, dict[str, Difference]], labels: dict[str, str]) -> None:
     """Points with 95 % bars; left of zero is in favour of KD for both figures."""
     ticks: list[int] = []
     names: list[str] = []

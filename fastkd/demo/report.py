@@ -15,8 +15,7 @@ KIND = {"kd": "KD + CE", "hard": "hard labels"}
 def differences(a: Evaluation, b: Evaluation, document: Tensor) -> dict[str, Difference]:
     """Paired differences a - b of the three figures."""
     return {
-        name: paired_difference(getattr(a, name), getattr(b, name), document)
-        for name in ("nll", "kl", "agreement")
+        name: paired_difference(getattr(a, name), getattr(b, name), document) for name in ("nll", "kl", "agreement")
     }
 
 
@@ -38,11 +37,7 @@ def _difference_row(table: Table, name: str, d: dict[str, Difference], last: boo
 
 def describe(regime: Regime) -> str:
     """The regime in words."""
-    return (
-        f"{regime.rows} rows read {regime.epochs} times"
-        if regime.epochs > 1
-        else f"{regime.rows} rows read once"
-    )
+    return f"{regime.rows} rows read {regime.epochs} times" if regime.epochs > 1 else f"{regime.rows} rows read once"
 
 
 def result_table(base: list[Measured], regimes: list[Regime], document: Tensor, seq_len: int) -> Table:
@@ -54,7 +49,7 @@ def result_table(base: list[Measured], regimes: list[Regime], document: Tensor, 
         title_justify="left",
     )
     table.add_column("model", no_wrap=True)
-    for name in ("params M", "MB", "tokens/s", "nll (nats)", "KL to teacher", "top-1 %"):
+    for name in ("par. M", "MB", "tok/s", "nll (nats)", "KL to teacher", "top-1 %"):
         table.add_column(name, justify="right", no_wrap=True)
     for model in base:
         _model_row(table, model)
@@ -85,15 +80,15 @@ def three_sentences(teacher: Measured, regimes: list[Regime], document: Tensor, 
     wins = int((kd.test.nll < hard.test.nll).sum())
     first = (
         f"{describe(reused).capitalize()}: held-out nll {kd.test.means()['nll']:.3f} with KD + CE and "
-        f"{hard.test.means()['nll']:.3f} with hard labels at their best epoch, a difference of {d['nll']} nats a token "
-        f"({_verdict(d['nll'])}; lower on {wins} of {len(document)} rows), and top-1 agreement with the teacher differs "
-        f"by {100 * d['agreement'].mean:+.1f} ±{100 * d['agreement'].half_width:.1f} points "
+        f"{hard.test.means()['nll']:.3f} with hard labels at their best epoch, a difference of {d['nll']} nats "
+        f"a token ({_verdict(d['nll'])}; lower on {wins} of {len(document)} rows), and top-1 agreement with the teacher "
+        f"differs by {100 * d['agreement'].mean:+.1f} ±{100 * d['agreement'].half_width:.1f} points "
         f"({_verdict(d['agreement'], better_is_lower=False)})."
     )
     loss = paired_difference(kd.test.nll, teacher.test.nll, document)
     second = (
-        f"The distilled student has {100 * kd.parameters / teacher.parameters:.0f} % of the teacher's parameters, runs at "
-        f"{kd.tokens_per_s / teacher.tokens_per_s:.2f} x its speed, agrees with its first choice on "
+        f"The distilled student has {100 * kd.parameters / teacher.parameters:.0f} % of the teacher's parameters, runs "
+        f"at {kd.tokens_per_s / teacher.tokens_per_s:.2f} x its speed, agrees with its first choice on "
         f"{100 * kd.test.means()['agreement']:.0f} % of the tokens and stands {loss} nats a token from it."
     )
     limits = "One seed; the error bars cover the choice of test rows and nothing else"
@@ -112,8 +107,8 @@ def three_sentences(teacher: Measured, regimes: list[Regime], document: Tensor, 
     fresh = regimes[1]
     f = differences(fresh.models["kd"].test, fresh.models["hard"].test, document)
     third = (
-        f"With as many tokens of text that is new at every step ({describe(fresh)}) the difference in nll is {f['nll']} "
-        f"({_verdict(f['nll'])}) and in KL to the teacher {f['kl']} ({_verdict(f['kl'])}), so what distillation gains "
+        f"With as many tokens of text that is new at every step ({describe(fresh)}) the difference in nll is "
+        f"{f['nll']} ({_verdict(f['nll'])}) and in KL to the teacher {f['kl']} ({_verdict(f['kl'])}), so what distillation gains "
         f"here is {_compared(d['nll'], f['nll'])} when text is scarce and read again; {limits[0].lower()}{limits[1:]}."
     )
     return [first, second, third]

@@ -88,8 +88,8 @@ def run_demo(out: Path, cache: Path, smoke: bool, seconds: float, seed: int, con
     base, regimes = run_parts(experiment, model, began, seconds)
     show(experiment, base, regimes, corpus, smoke, console)
     console.print(
-        f"\n{(time.perf_counter() - began) / 60:.1f} min, peak {peak_gib():.1f} GiB, {torch.get_num_threads()} threads, "
-        f"{platform.machine()}, torch {torch.__version__}, {describe_backend()}"
+        f"\n{(time.perf_counter() - began) / 60:.1f} min, peak {peak_gib():.1f} GiB, "
+        f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}, {describe_backend()}"
     )
 
 
@@ -149,9 +149,7 @@ def show(
     console.print("\n[bold]what was learnt[/]")
     for sentence in sentences:
         console.print(f"- {sentence}", markup=False)
-    console.print(
-        "- The teacher may have seen this text before; held-out is only what this demo did not train on."
-    )
+    console.print("- The teacher may have seen this text before; held-out is only what this demo did not train on.")
     show_samples(experiment, [base[1], *regimes[0].models.values()], console)
 
     by_regime = {r.key: differences(r.models["kd"].test, r.models["hard"].test, document) for r in regimes}
@@ -164,9 +162,7 @@ def show(
         Console(file=file, width=100).print(table)
     student = regimes[0].models["kd"].path
     check_loads(student, experiment)
-    console.print(
-        f"\nfigure: {out / 'demo.png'}   table: {out / 'table.txt'}   results: {out / 'results.json'}"
-    )
+    console.print(f"\nfigure: {out / 'demo.png'}   table: {out / 'table.txt'}   results: {out / 'results.json'}")
     console.print(f"student: {student}, loads with", markup=False)
     console.print(f'  AutoModelForCausalLM.from_pretrained("{student}")', markup=False)
 
@@ -193,9 +189,7 @@ def check_loads(student: Path, experiment: Experiment) -> None:
         raise RuntimeError(f"the student in {student} does not load as it was saved")
 
 
-def write_results(
-    out: Path, base: list[Measured], regimes: list[Regime], sentences: list[str], corpus: Corpus
-) -> None:
+def write_results(out: Path, base: list[Measured], regimes: list[Regime], sentences: list[str], corpus: Corpus) -> None:
     """results.json: every figure of the table, row by row on the test rows."""
 
     def plain(model: Measured) -> dict:
@@ -208,9 +202,7 @@ def write_results(
     results = {
         "text": corpus.source,
         "base": [plain(m) for m in base],
-        "regimes": {
-            r.key: {"described": describe(r), **{k: plain(m) for k, m in r.models.items()}} for r in regimes
-        },
+        "regimes": {r.key: {"described": describe(r), **{k: plain(m) for k, m in r.models.items()}} for r in regimes},
         "learnt": sentences,
     }
     files.write_text(out / "results.json", json.dumps(results, indent=1))

@@ -61,37 +61,28 @@ def _fetch(cache: Path) -> str:
     (lists / "partial").mkdir(parents=True, exist_ok=True)
     # Package lists of our own, for a machine whose own are empty and cannot be refreshed without root.
     private = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={work}", "-o", "APT::Sandbox::User="]
-    why = ""
-    for commands in ([["download"]], [[*private, "update"], [*private, "download"]]):
-        try:
-            for command in commands:
-                name = [DEBIAN_PACKAGE] if command[-1] == "download" else []
-                subprocess.run(
-                    ["apt-get", "-q", *command, *name],
-                    cwd=work,
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                    timeout=120,
-                )
-            archive = next(work.glob(f"{DEBIAN_PACKAGE}_*.deb"))
-            part = cache / f".part-{DEBIAN_PACKAGE}"
-            shutil.rmtree(part, ignore_errors=True)
-            subprocess.run(
-                ["dpkg", "-x", str(archive), str(part)],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
+    why = _run(work, ["apt-get", "-q", "download", DEBIAN_PACKAGE])
+    if why:
+        _run(work, ["apt-get", "-q", *private, "update"])
+        why = _run(work, ["apt-get", "-q", *private, "download", DEBIAN_PACKAGE])
+    for archive in work.glob(f"{DEBIAN_PACKAGE}_*.deb"):
+        part = work / "unpacked"
+        why = _run(work, ["dpkg", "-x", str(archive), str(part)])
+        if not why:
             part.rename(cache / DEBIAN_PACKAGE)
-        except (subprocess.SubprocessError, OSError, StopIteration) as error:
-            detail = (getattr(error, "stderr", "") or str(error)).strip()
-            why = detail.splitlines()[-1] if detail else type(error).__name__
-        else:
-            shutil.rmtree(work)
-            return ""
+    shutil.rmtree(work)
     return why
+
+
+def _run(folder: Path, command: list[str]) -> str:
+    """Run a command; '' or the last line of what it complained about."""
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=120)
+    except subprocess.CalledProcessError as error:
+        return (error.stderr.strip() or str(error)).splitlines()[-1]
+    except (subprocess.TimeoutExpired, OSError) as error:
+        return str(error)
+    return ""
 
 
 def _standard_library() -> list[str]:

@@ -27,9 +27,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; the same command with --resume true continues after the last checkpoint")
         return 130
-    console.print(
-        f"student of step {outcome.step} of {outcome.total_steps}: {outcome.student_path}", highlight=False
-    )
+    console.print(f"student of step {outcome.step} of {outcome.total_steps}: {outcome.student_path}", highlight=False)
     console.print(f"curves: {outcome.student_path.parent / 'curves.png'}", highlight=False)
     print(f'AutoModelForCausalLM.from_pretrained("{outcome.student_path}")')
     return 0

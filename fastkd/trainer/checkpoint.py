@@ -34,11 +34,7 @@ def load_model_tensors(model: torch.nn.Module, path: Path) -> None:
 def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Optimizer state as ``parameter|slot``, for the parameters that have one."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        f"{names[id(p)]}|{slot}": value
-        for p, state in optimizer.state.items()
-        for slot, value in state.items()
-    }
+    return {f"{names[id(p)]}|{slot}": value for p, state in optimizer.state.items() for slot, value in state.items()}
 
 
 def _restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -60,9 +56,7 @@ def _rng_tensors() -> dict[str, torch.Tensor]:
         "numpy_keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "numpy_rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
         "python_words": torch.tensor(words, dtype=torch.int64),
-        "python_rest": torch.tensor(
-            [version, float("nan") if gauss_next is None else gauss_next], dtype=torch.float64
-        ),
+        "python_rest": torch.tensor([version, float("nan") if gauss_next is None else gauss_next], dtype=torch.float64),
     }
     if torch.cuda.is_available():
         tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -132,6 +126,9 @@ class Checkpoints:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         files.write_folder(self.path(step), fill)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
         for old in self.steps()[: -self.keep]:
             files.remove_folder(self.path(old))
 
@@ -149,6 +146,7 @@ class Checkpoints:
         """
         if not self.steps():
             return None
+        self._remove_old()  # a kill may have come between a new checkpoint and the removal of an old one
         folder = self.path(self.steps()[-1])
         try:
             state = json.loads((folder / "state.json").read_text())

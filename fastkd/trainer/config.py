@@ -254,18 +254,12 @@ def _check_sources(config: DistillConfig) -> None:
     given = [f"student.{name}={value!r}" for name, value in sources.items() if value is not None]
     if len(given) != 1:
         came = ", ".join(given) or "none of them"
-        raise ValueError(
-            f"exactly one of student.path, student.config, student.keep_blocks is allowed; got {came}"
-        )
+        raise ValueError(f"exactly one of student.path, student.config, student.keep_blocks is allowed; got {came}")
     if not config.data.train:
         raise ValueError(f"data.train={config.data.train!r}; allowed: at least one file, folder or pattern")
     if config.select == "best" and not config.data.eval:
         raise ValueError("select='best' needs held-out text; got data.eval=[]")
     if config.loss.kd_weight == 0 and config.loss.ce_weight == 0:
-        raise ValueError(
-            "loss.kd_weight=0 and loss.ce_weight=0 leave nothing to learn; allowed: at least one not 0"
-        )
+        raise ValueError("loss.kd_weight=0 and loss.ce_weight=0 leave nothing to learn; allowed: at least one not 0")
     if Path(config.output_dir).is_file():
-        raise ValueError(
-            f"output_dir={config.output_dir!r} is a file; allowed: a folder, new or of a run to resume"
-        )
+        raise ValueError(f"output_dir={config.output_dir!r} is a file; allowed: a folder, new or of a run to resume")

@@ -38,11 +38,7 @@ def find_files(argument: str, names: str | list[str]) -> list[Path]:
     """
     found: list[Path] = []
     for name in [names] if isinstance(names, str) else names:
-        matches = (
-            [Path(name)]
-            if Path(name).exists()
-            else [Path(m) for m in sorted(glob.glob(name, recursive=True))]
-        )
+        matches = [Path(name)] if Path(name).exists() else [Path(m) for m in sorted(glob.glob(name, recursive=True))]
         if not matches:
             raise ValueError(f"{argument}: {name!r} does not exist and matches no file")
         found += [m for m in matches if m.is_file() or len(matches) == 1]
@@ -82,9 +78,7 @@ def _read(argument: str, path: Path, text_field: str) -> Dataset:
     return data.select_columns([text_field]).rename_column(text_field, "text")
 
 
-def _tokenized(
-    argument: str, path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[Tensor]:
+def _tokenized(argument: str, path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     """Token ids of every document of one source, ``(length,)`` int64 each."""
     data = _read(argument, path, config.text_field)
     documents: list[list[int]] = []
@@ -145,9 +139,7 @@ def load_rows(argument: str, config: DataConfig, tokenizer: PreTrainedTokenizerB
         ValueError: missing files, wrong columns, or too little text for one row.
     """
     names, limit = (
-        (config.train, config.max_train_rows)
-        if argument == "data.train"
-        else (config.eval, config.max_eval_rows)
+        (config.train, config.max_train_rows) if argument == "data.train" else (config.eval, config.max_eval_rows)
     )
     files = find_files(argument, names)
     documents = [ids for path in files for ids in _tokenized(argument, path, config, tokenizer)]

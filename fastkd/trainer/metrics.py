@@ -45,13 +45,9 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file; one cut off by a kill is left out. Empty where there is no file."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole, _, _ = text.rpartition("\n")  # what follows the last line break was being written
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def progress_bar(console: Console) -> Progress:

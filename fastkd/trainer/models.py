@@ -28,13 +28,7 @@ def _location(argument: str, path: str) -> tuple[str, dict[str, Any]]:
     if place.is_dir() and (place / "config.json").is_file():
         return str(place), {}
     allowed = "a folder with config.json, or a .gguf file (download a model first: hf download NAME --local-dir FOLDER)"
-    state = (
-        "has no config.json"
-        if place.is_dir()
-        else "is not a .gguf file"
-        if place.exists()
-        else "does not exist"
-    )
+    state = "has no config.json" if place.is_dir() else "is not a .gguf file" if place.exists() else "does not exist"
     raise ValueError(f"{argument}={path!r} {state}; allowed: {allowed}")
 
 
@@ -50,13 +44,9 @@ def load_model(argument: str, path: str) -> PreTrainedModel:
     """
     folder, keywords = _location(argument, path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, **keywords
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **keywords)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{argument}={path!r} cannot be loaded as a causal language model: {error}"
-        ) from None
+        raise ValueError(f"{argument}={path!r} cannot be loaded as a causal language model: {error}") from None
     return _as_plain(model) if keywords else model
 
 
@@ -165,8 +155,8 @@ def check_vocab_size(teacher_size: int, student_size: int, tokenizer_size: int, 
     """
     if teacher_size != student_size and vocab == "error":
         raise ValueError(
-            f"the student's head has {student_size} columns and the teacher's {teacher_size}; allowed: the same number, "
-            "or loss.vocab=truncate if the extra columns of one are padding"
+            f"the student's head has {student_size} columns and the teacher's {teacher_size}; allowed: the same "
+            "number, or loss.vocab=truncate if the extra columns of one are padding"
         )
     smallest = min(teacher_size, student_size)
     if tokenizer_size > smallest:

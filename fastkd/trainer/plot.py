@@ -55,9 +55,7 @@ def plot_metrics(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
                 label="student",
             )
         else:
-            axes.text(
-                0.5, 0.5, "no held-out text (data.eval)", ha="center", transform=axes.transAxes, fontsize=9
-            )
+            axes.text(0.5, 0.5, "no held-out text (data.eval)", ha="center", transform=axes.transAxes, fontsize=9)
     if held_out and held_out[0].get("teacher_nll") is not None:
         nll.axhline(held_out[0]["teacher_nll"], color=TEACHER, ls="--", label="teacher")
         nll.legend(fontsize=8)

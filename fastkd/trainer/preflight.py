@@ -46,12 +46,8 @@ def check_student_source(config: DistillConfig, tokenizer: PreTrainedTokenizerBa
         student_size = student_config(config.student.config).get_text_config().vocab_size
     else:
         assert config.student.keep_blocks is not None
-        choose_blocks(
-            [0.0] * models.depth_of("teacher.path", config.teacher.path), config.student.keep_blocks
-        )
-    models.check_vocab_size(
-        teacher_size, student_size, max(tokenizer.get_vocab().values()) + 1, config.loss.vocab
-    )
+        choose_blocks([0.0] * models.depth_of("teacher.path", config.teacher.path), config.student.keep_blocks)
+    models.check_vocab_size(teacher_size, student_size, max(tokenizer.get_vocab().values()) + 1, config.loss.vocab)
 
 
 def open_output(config: DistillConfig) -> Path:
@@ -59,15 +55,11 @@ def open_output(config: DistillConfig) -> Path:
     out = Path(config.output_dir)
     saved = out / "config.yaml"
     if saved.exists() and not config.resume:
-        raise ValueError(
-            f"output_dir={str(out)!r} holds a run already; allowed: --resume true, or another folder"
-        )
+        raise ValueError(f"output_dir={str(out)!r} holds a run already; allowed: --resume true, or another folder")
     if saved.exists():
         differing = differing_settings(config, saved.read_text(encoding="utf-8"))
         if differing:
-            raise ValueError(
-                f"resume=true needs the settings the run began with; differing: {'; '.join(differing)}"
-            )
+            raise ValueError(f"resume=true needs the settings the run began with; differing: {'; '.join(differing)}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         files.remove_parts(out)

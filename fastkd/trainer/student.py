@@ -72,9 +72,7 @@ def choose_blocks(influence: list[float], keep: int) -> list[int]:
     """
     depth = len(influence)
     if not 3 <= keep < depth:
-        raise ValueError(
-            f"student.keep_blocks={keep}; allowed: 3 to {depth - 1} for a teacher of {depth} blocks"
-        )
+        raise ValueError(f"student.keep_blocks={keep}; allowed: 3 to {depth - 1} for a teacher of {depth} blocks")
     removable = sorted(range(2, depth - 1), key=lambda i: influence[i])
     removed = set(removable[: depth - keep])
     return [i for i in range(depth) if i not in removed]
@@ -85,9 +83,7 @@ def pruned_config(config: PretrainedConfig, kept: list[int]) -> PretrainedConfig
     smaller = copy.deepcopy(config)
     text = smaller.get_text_config()
     depth = text.num_hidden_layers
-    per_block = [
-        name for name, value in vars(text).items() if isinstance(value, list) and len(value) == depth
-    ]
+    per_block = [name for name, value in vars(text).items() if isinstance(value, list) and len(value) == depth]
     # The number first: classes check that per-block lists have that length when they are set.
     text.num_hidden_layers = len(kept)
     for name in per_block:
@@ -120,15 +116,11 @@ def student_config(path: str) -> PretrainedConfig:
         ValueError: there is no such file, or transformers does not know it.
     """
     if not Path(path).exists():
-        raise ValueError(
-            f"student.config={path!r} does not exist; allowed: a config.json or a folder with one"
-        )
+        raise ValueError(f"student.config={path!r} does not exist; allowed: a config.json or a folder with one")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"student.config={path!r} is no configuration that transformers knows: {error}"
-        ) from None
+        raise ValueError(f"student.config={path!r} is no configuration that transformers knows: {error}") from None
 
 
 def build_student(config: StudentConfig, teacher: PreTrainedModel | None, rows: Tensor) -> PreTrainedModel:

@@ -68,9 +68,7 @@ class Teacher:
             progress.advance(task, len(piece))  # type: ignore[arg-type]
         hidden = torch.cat(pieces)
         if not torch.isfinite(hidden).all():
-            raise ValueError(
-                "the teacher's hidden states do not fit fp16; allowed: teacher.cache_hidden=false"
-            )
+            raise ValueError("the teacher's hidden states do not fit fp16; allowed: teacher.cache_hidden=false")
         return hidden
 
     @torch.no_grad()

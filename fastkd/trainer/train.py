@@ -105,9 +105,10 @@ def prepare(config: DistillConfig, progress: Progress) -> Run:
     preflight.check_disk(config, out, student, teacher_model, len(train_rows), len(eval_rows or ()))
 
     optimizer, scheduler = make_optimizer(config, student, total_steps)
+    teacher = teacher if preflight.needs_teacher(config) else None  # pruned, it is of no more use
     run = Run(
-        config, out, accelerator, tokenizer, student, teacher if preflight.needs_teacher(config) else None, loss, train_rows,
-        eval_rows, total_steps, accelerator.prepare(optimizer), scheduler,
+        config, out, accelerator, tokenizer, student, teacher, loss, train_rows, eval_rows,
+        total_steps, accelerator.prepare(optimizer), scheduler,
         Checkpoints(out / "checkpoints", config.keep_checkpoints),
     )  # fmt: skip
     files.write_text(out / "config.yaml", to_yaml(config))  # from here on the folder is a run
@@ -148,9 +149,7 @@ def train(run: Run, progress: Progress, console: Console) -> Outcome:
         if step == run.total_steps or (config.eval_every and step % config.eval_every == 0):
             best = evaluate_and_log(run, step, best, log, console)
         if config.checkpoint_every and (step % config.checkpoint_every == 0 or step == run.total_steps):
-            run.checkpoints.save(
-                step, run.student, run.optimizer.optimizer, run.scheduler, run.accelerator, best
-            )
+            run.checkpoints.save(step, run.student, run.optimizer.optimizer, run.scheduler, run.accelerator, best)
     log.close()
     return finish(run, best)
 
@@ -158,21 +157,15 @@ def train(run: Run, progress: Progress, console: Console) -> Outcome:
 def train_step(run: Run, step: int, logged: bool) -> dict[str, Any]:
     """One optimizer step; the figures of the step if they are ``logged``, else an empty dict."""
     optim = run.config.optim
-    indices = rows_of_step(
-        step - 1, len(run.train_rows), optim.rows_per_batch * optim.accumulation, run.config.seed
-    )
-    predictions = len(indices) * (
-        run.config.data.seq_len - 1
-    )  # of the whole step: the mean is over all of its passes
+    indices = rows_of_step(step - 1, len(run.train_rows), optim.rows_per_batch * optim.accumulation, run.config.seed)
+    predictions = len(indices) * (run.config.data.seq_len - 1)  # of the whole step: the mean is over all of its passes
     sums = torch.zeros(3, dtype=torch.float64)  # loss, divergence, cross-entropy
     for part in indices.split(optim.rows_per_batch):
         loss, stats = forward(run, part, predictions, logged)
         run.accelerator.backward(loss)
         if logged:
             assert stats is not None
-            sums += torch.stack(
-                [loss.detach(), stats.kd.sum() / predictions, stats.ce.sum() / predictions]
-            ).cpu()
+            sums += torch.stack([loss.detach(), stats.kd.sum() / predictions, stats.ce.sum() / predictions]).cpu()
     trained = [p for p in run.student.parameters() if p.requires_grad]
     norm = run.accelerator.clip_grad_norm_(trained, optim.clip_norm or float("inf"))
     run.optimizer.step()
@@ -206,23 +199,17 @@ def forward(run: Run, indices: Tensor, predictions: int, with_stats: bool) -> tu
     run.loss.options = run.loss.options._replace(inplace=overwrite, return_stats=with_stats)
     # Position i predicts token i + 1: the labels are shifted, not the logits, so that no copy of them is made; the
     # last position of a row has no label and is skipped.
-    result = run.loss(
-        student_logits, teacher_logits, shifted_labels(input_ids), num_items_in_batch=predictions
-    )
+    result = run.loss(student_logits, teacher_logits, shifted_labels(input_ids), num_items_in_batch=predictions)
     return result if with_stats else (result, None)
 
 
 def is_head_output(logits: Tensor) -> bool:
     """Whether the logits come straight out of a matrix product, which does not need them again in backward, so that
     their memory can take the gradient. A softcap after the head (tanh) does need them."""
-    return logits.grad_fn is not None and logits.grad_fn.name().startswith(
-        ("UnsafeView", "Mm", "Addmm", "Linear")
-    )
+    return logits.grad_fn is not None and logits.grad_fn.name().startswith(("UnsafeView", "Mm", "Addmm", "Linear"))
 
 
-def evaluate_and_log(
-    run: Run, step: int, best: dict[str, Any], log: MetricsLog, console: Console
-) -> dict[str, Any]:
+def evaluate_and_log(run: Run, step: int, best: dict[str, Any], log: MetricsLog, console: Console) -> dict[str, Any]:
     """Evaluate if there is held-out text; the best evaluation so far, whose weights are kept if they are wanted."""
     if run.eval_rows is None:
         return best
@@ -231,9 +218,7 @@ def evaluate_and_log(
     means = evaluate(run.student, run.teacher, run.eval_rows, "eval", run.accelerator, batch, vocab).means()
     teacher: dict[str, float] = {}
     if step == 0:
-        teacher = {
-            "teacher_nll": evaluate_teacher(run.teacher, run.eval_rows, "eval", batch).nll.mean().item()
-        }
+        teacher = {"teacher_nll": evaluate_teacher(run.teacher, run.eval_rows, "eval", batch).nll.mean().item()}
     log.write("eval", step, **means, **teacher)
     console.print(
         f"step {step:>6}  held-out nll {means['nll']:.4f}  KL {means['kl']:.4f}  top-1 {means['agreement']:.4f}",
@@ -291,7 +276,5 @@ def make_optimizer(
             optim.schedule_options,
         )
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"optim.schedule={optim.schedule!r} with {optim.schedule_options}: {error}"
-        ) from None
+        raise ValueError(f"optim.schedule={optim.schedule!r} with {optim.schedule_options}: {error}") from None
     return optimizer, scheduler
