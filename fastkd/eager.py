@@ -15,7 +15,7 @@ from .stats import KDStats
 
 def _where_positive(weight: Tensor, value: Tensor) -> Tensor:
     """``weight * value`` that is 0, with gradient 0, wherever ``weight`` is 0 (``value`` may be infinite there)."""
-    return weight * torch.where(weight > 0, value, torch.zeros_like(value))
+    return weight * torch.where(weight == 0, 0.0, value)
 
 
 def _log_mixture(lp: Tensor, lq: Tensor, teacher_share: float) -> Tensor:
@@ -31,15 +31,15 @@ def divergence_terms(divergence: str, beta: float, lp: Tensor, lq: Tensor) -> Te
     """term(lp, lq) of DESIGN §1 for every column; lp, lq: log-probabilities ``(..., V)`` of teacher and student."""
     p, q = lp.exp(), lq.exp()
     if divergence == "total_variation":
-        return 0.5 * (p - q).abs()
-    forward = lambda log_m: _where_positive(p, torch.where(p > 0, lp, 0.0) - log_m)  # noqa: E731
-    reverse = lambda log_m: _where_positive(q, torch.where(q > 0, lq, 0.0) - log_m)  # noqa: E731
+        return 0.5 * (p - q).abs() + 0.0 * (p * q)  # the sign of NaN is 0: the product keeps NaN in the gradient
+    forward = lambda log_m: _where_positive(p, torch.where(p == 0, 0.0, lp) - log_m)  # noqa: E731
+    reverse = lambda log_m: _where_positive(q, torch.where(q == 0, 0.0, lq) - log_m)  # noqa: E731
     if divergence == "forward_kl":
-        return forward(torch.where(p > 0, lq, 0.0))
+        return forward(torch.where(p == 0, 0.0, lq))
     if divergence == "reverse_kl":
-        return reverse(torch.where(q > 0, lp, 0.0))
+        return reverse(torch.where(q == 0, 0.0, lp))
     if divergence == "symmetric_kl":
-        directions = ((beta, forward, torch.where(p > 0, lq, 0.0)), (1 - beta, reverse, torch.where(q > 0, lp, 0.0)))
+        directions = ((beta, forward, torch.where(p == 0, 0.0, lq)), (1 - beta, reverse, torch.where(q == 0, 0.0, lp)))
         # a direction of weight 0 is left out: it may be infinite
         return sum((w * kl(log_m) for w, kl, log_m in directions if w != 0), torch.zeros_like(lp))
     if divergence == "jsd":

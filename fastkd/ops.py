@@ -67,11 +67,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, upstream: Tensor | None, *_unused: Tensor | None):
     if upstream is None:
-        return (None,) * 20
+        return (None,) * 13
     if not ctx.with_gradient:
         raise RuntimeError("kd_forward was called with with_gradient=False and cannot be differentiated")
     gradient, pending = ctx.saved_tensors
-    return _rescaled(gradient, upstream, pending), *(None,) * 19
+    return _rescaled(gradient, upstream, pending), *(None,) * 12
 
 
 class _Loss(torch.autograd.Function):
@@ -133,6 +133,14 @@ if not load_error:
     torch.library.register_autograd("fastkd::kd_forward", _backward, setup_context=_setup_context)
 
 
+def _as_tensor(numbers: tuple[float, ...]) -> Tensor:
+    """(8) float64 on the CPU. Traced, by arithmetic alone, which keeps a changing number out of the graph's guards."""
+    if not torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    return torch.stack([one * number for number in numbers])
+
+
 def native_kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -144,10 +152,13 @@ def native_kd_loss(
 ) -> tuple[Tensor, KDStats | None]:
     """Same contract as :func:`fastkd.eager.eager_kd_loss`, by the operators."""
     o = options
+    numbers = (
+        o.beta, o.temperature, o.kd_weight, o.ce_weight, o.label_smoothing, o.z_loss,
+        o.student_softcap or 0.0, o.teacher_softcap or 0.0,
+    )  # fmt: skip
     arguments = (
-        teacher_logits, labels, token_weights, temperature, num_items, o.divergence, o.beta, o.temperature,
-        o.scale_by_t2, o.kd_weight, o.ce_weight, o.label_smoothing, o.z_loss, o.student_softcap, o.teacher_softcap,
-        o.ignore_index, o.reduction, o.return_stats,
+        teacher_logits, labels, token_weights, temperature, num_items, _as_tensor(numbers), o.divergence,
+        o.scale_by_t2, o.ignore_index, o.reduction, o.return_stats,
     )  # fmt: skip
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     tracing = torch.compiler.is_compiling()

@@ -68,9 +68,12 @@ template <>
 struct DivergenceTerm<Divergence::total_variation> {
   template <class F>
   FASTKD_METHOD static Term<F> at(const Column<F>& c, float, float) {
-    const F zero = F(0.0f), half = F(0.5f * kLog2e), half_q = half * c.q;
-    const F dlogq = select(c.p > c.q, zero - half_q, select(c.q > c.p, half_q, zero));  // 0 at a tie
-    return {half * abs(c.p - c.q), dlogq};
+    const F zero = F(0.0f), half = F(0.5f * kLog2e), half_q = half * c.q, difference = c.p - c.q;
+    // 0 at a tie, which the rounding of the two denominators must not turn into a side; NaN is no tie
+    const F rounding = F(4.0f * kEpsilon) * (c.p + c.q), size = abs(difference);
+    const auto tie = rounding > size;
+    const F dlogq = select(difference > zero, zero - half_q, half_q);
+    return {select(tie, zero, half * size), select(tie, zero, dlogq)};
   }
 };
 

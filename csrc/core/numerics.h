@@ -17,6 +17,7 @@ namespace fastkd {
 
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kEpsilon = 1.1920929e-7f;  // from 1 to the next float
 
 FASTKD_FN float minus_infinity() { return -static_cast<float>(INFINITY); }
 

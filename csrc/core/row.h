@@ -68,6 +68,9 @@ struct GradientCoefficients {
   float student = 0, ratio = 0, teacher = 0, dlogq = 0, hard = 0, constant = 0, label = 0;
 };
 
+// 0, or NaN where a logit of the row is NaN or +inf: what is added to whatever might not carry it.
+FASTKD_FN float zero_unless_nan(const Piece& row) { return 0.0f * (row.sum_s + row.sum_t); }
+
 // The part of the cross-entropy. weight: the factor of the row's cross-entropy in the total.
 FASTKD_FN void add_cross_entropy(GradientCoefficients& c, const RowOptions& o, const Piece& row, const Denominators& z,
                                  float weight) {
@@ -87,7 +90,7 @@ FASTKD_FN GradientCoefficients divergence_coefficients(const RowOptions& o, cons
   const float weight = scale * o.kd_weight * (o.scale_by_t2 ? o.temperature : 1.0f / o.temperature);
   if (!is_mixed_kl(o.divergence)) {
     c.dlogq = weight * kLn2;
-    c.student = -c.dlogq * terms.dlogq / row.sum_s;
+    c.student = zero_unless_nan(row) - c.dlogq * terms.dlogq / row.sum_s;
     return c;
   }
   c.student = weight * forward_share(o) / row.sum_s;

@@ -72,13 +72,11 @@ void check_logits(const Tensor& student, const Tensor& teacher) {
                   rows_of(student), " and ", rows_of(teacher));
 }
 
-// The non-tensor arguments of both forward operators.
+// The arguments of both forward operators that are the same for all rows; numbers as in library.cpp.
 struct Scalars {
+  Tensor numbers;
   std::string divergence;
-  double beta, temperature;
   bool scale_by_t2;
-  double kd_weight, ce_weight, label_smoothing, z_loss;
-  std::optional<double> student_softcap, teacher_softcap;
   int64_t ignore_index;
   std::string reduction;
   bool with_stats;
@@ -95,12 +93,15 @@ struct Outputs {
 // Fills everything of the call but the gradient.
 void fill_call(LossCall& call, const Tensor& student, const Scalars& o) {
   LossParams& p = call.params;
-  const auto as_float = [](double x) { return static_cast<float>(x); };
-  p.options = {parse_divergence(o.divergence), as_float(o.beta),      as_float(1 - o.beta),
-               as_float(o.temperature),        o.scale_by_t2,         as_float(o.kd_weight),
-               as_float(o.ce_weight),          as_float(o.label_smoothing), as_float(o.z_loss)};
-  p.student_softcap = static_cast<float>(o.student_softcap.value_or(0));
-  p.teacher_softcap = static_cast<float>(o.teacher_softcap.value_or(0));
+  STD_TORCH_CHECK(o.numbers.is_cpu() && o.numbers.is_contiguous() && o.numbers.numel() == 8 &&
+                      o.numbers.scalar_type() == ScalarType::Double,
+                  "scalars must be 8 contiguous float64 numbers on the CPU");
+  const auto* numbers = static_cast<const double*>(o.numbers.const_data_ptr());
+  const auto number = [&](int i) { return static_cast<float>(numbers[i]); };
+  p.options = {parse_divergence(o.divergence), number(0), static_cast<float>(1 - numbers[0]), number(1), o.scale_by_t2,
+               number(2), number(3), number(4), number(5)};
+  p.student_softcap = number(6);
+  p.teacher_softcap = number(7);
   p.ignore_index = o.ignore_index;
   p.gradient_columns = columns_of(student);
   call.reduction = parse_reduction(o.reduction);
@@ -151,10 +152,8 @@ Rows rows_or_copy(const char* name, Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kd_forward(
     Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor token_weights, OptionalTensor temperatures,
-    OptionalTensor num_items, std::string divergence, double beta, double temperature, bool scale_by_t2, double kd_weight,
-    double ce_weight, double label_smoothing, double z_loss, std::optional<double> student_softcap,
-    std::optional<double> teacher_softcap, int64_t ignore_index, std::string reduction, bool with_stats,
-    bool with_gradient) {
+    OptionalTensor num_items, Tensor numbers, std::string divergence, bool scale_by_t2, int64_t ignore_index,
+    std::string reduction, bool with_stats, bool with_gradient) {
   check_logits(student, teacher);
   LossCall call;
   call.params.student = rows_or_copy("student_logits", student);
@@ -169,25 +168,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_forward(
     call.params.gradient = *view_as_rows("gradient", gradient);
     call.params.fresh_gradient = true;
   }
-  const Scalars scalars{divergence,      beta,   temperature,     scale_by_t2,     kd_weight,    ce_weight,
-                        label_smoothing, z_loss, student_softcap, teacher_softcap, ignore_index, reduction, with_stats};
+  const Scalars scalars{numbers, divergence, scale_by_t2, ignore_index, reduction, with_stats};
   Outputs out = run(call, student, teacher, {labels, token_weights, temperatures, num_items}, scalars);
   return {out.loss, gradient, out.pending, out.stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor> kd_forward_(
     Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor token_weights, OptionalTensor temperatures,
-    OptionalTensor num_items, std::string divergence, double beta, double temperature, bool scale_by_t2, double kd_weight,
-    double ce_weight, double label_smoothing, double z_loss, std::optional<double> student_softcap,
-    std::optional<double> teacher_softcap, int64_t ignore_index, std::string reduction, bool with_stats) {
+    OptionalTensor num_items, Tensor numbers, std::string divergence, bool scale_by_t2, int64_t ignore_index,
+    std::string reduction, bool with_stats) {
   check_logits(student, teacher);
   LossCall call;
   const auto rows = view_as_rows("student_logits", student);
   STD_TORCH_CHECK(rows, "student_logits cannot be overwritten: its rows are not addressable by two strides");
   call.params.student = call.params.gradient = *rows;
   call.params.teacher = rows_or_copy("teacher_logits", teacher);
-  const Scalars scalars{divergence,      beta,   temperature,     scale_by_t2,     kd_weight,    ce_weight,
-                        label_smoothing, z_loss, student_softcap, teacher_softcap, ignore_index, reduction, with_stats};
+  const Scalars scalars{numbers, divergence, scale_by_t2, ignore_index, reduction, with_stats};
   Outputs out = run(call, student, teacher, {labels, token_weights, temperatures, num_items}, scalars);
   return {out.loss, out.pending, out.stats};
 }

@@ -7,12 +7,13 @@
 
 #include "../kernels/cpu/isa.h"
 
-// Everything of the loss but the way its gradient leaves. `(…)` is the leading shape of the logits.
-#define FASTKD_LOSS_ARGUMENTS                                                                                    \
-  "Tensor teacher_logits, Tensor? labels, Tensor? token_weights, Tensor? temperatures, Tensor? num_items, "      \
-  "str divergence, float beta, float temperature, bool scale_by_t2, float kd_weight, float ce_weight, "          \
-  "float label_smoothing, float z_loss, float? student_softcap, float? teacher_softcap, int ignore_index, "      \
-  "str reduction, bool with_stats"
+// Everything of the loss but the way its gradient leaves. `(...)` is the leading shape of the logits.
+// scalars: (8) float64 on the CPU whatever the logits' device: beta, temperature, kd_weight, ce_weight, label_smoothing,
+// z_loss, student_softcap, teacher_softcap (0: none). A tensor, because a traced graph would be compiled anew for every
+// value of a float argument.
+#define FASTKD_LOSS_ARGUMENTS                                                                               \
+  "Tensor teacher_logits, Tensor? labels, Tensor? token_weights, Tensor? temperatures, Tensor? num_items, " \
+  "Tensor scalars, str divergence, bool scale_by_t2, int ignore_index, str reduction, bool with_stats"
 
 STABLE_TORCH_LIBRARY(fastkd, m) {
   // -> loss, gradient (empty without with_gradient), pending scale of the gradient, stats (5, ...) or empty

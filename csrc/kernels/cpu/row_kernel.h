@@ -149,7 +149,8 @@ void finish_row(RowJob& job) {
   const LossParams& p = job.params;
   const RowOptions& o = job.options;
   const Denominators z(job.row);
-  job.divergence = is_mixed_kl(o.divergence) ? mixed_kl_of(o, job.row, z) : kLn2 * job.terms.value;
+  job.divergence = is_mixed_kl(o.divergence) ? mixed_kl_of(o, job.row, z)
+                                                : kLn2 * job.terms.value + zero_unless_nan(job.row);
   float loss = 0;  // a part of weight 0 is left out: it may be infinite
   if (o.kd_weight != 0) {
     loss = o.kd_weight * (o.scale_by_t2 ? o.temperature * o.temperature : 1.0f) * job.divergence;
