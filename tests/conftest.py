@@ -15,7 +15,8 @@ def pytest_report_header() -> list[str]:
     """The build under test: versions, backends, instruction set, threads."""
     built = fastkd.backends().reasons
     return [
-        f"fastkd {fastkd.__version__}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads",
+        f"fastkd {fastkd.__version__}, torch {torch.__version__}, {platform.machine()}, "
+        f"threads {torch.get_num_threads()}",
         f"native: {built['native']}",
     ]
 

@@ -138,9 +138,7 @@ def _scaled(factor: float, d: _Direction) -> _Direction:
     )
 
 
-def _distillation(
-    s: np.ndarray, t: np.ndarray, divergence: str, beta: float, temperature: np.ndarray
-) -> _Part:
+def _distillation(s: np.ndarray, t: np.ndarray, divergence: str, beta: float, temperature: np.ndarray) -> _Part:
     """The divergence and its gradient; temperature (R, 1)."""
     lq, lp = log_softmax(s / temperature), log_softmax(t / temperature)
     p, q = np.exp(lp), np.exp(lq)
@@ -169,13 +167,7 @@ def _cross_entropy(s: np.ndarray, labels: np.ndarray, smoothing: float, z_loss: 
     uniform = s.sum(-1) / vocab if smoothing else np.zeros_like(lse)
     uniform_size = np.abs(s).sum(-1) / vocab if smoothing else np.zeros_like(lse)
     value = lse - (1 - smoothing) * s[rows, labels] - smoothing * uniform + z_loss * lse**2
-    size = (
-        np.abs(lse)
-        + 1
-        + (1 - smoothing) * np.abs(s[rows, labels])
-        + smoothing * uniform_size
-        + 2 * z_loss * lse**2
-    )
+    size = np.abs(lse) + 1 + (1 - smoothing) * np.abs(s[rows, labels]) + smoothing * uniform_size + 2 * z_loss * lse**2
     pull = 1 + 2 * z_loss * lse[:, None]
     gradient = h * pull - smoothing / vocab
     gradient[rows, labels] -= 1 - smoothing
@@ -258,9 +250,7 @@ def reference(
     scatter = _Scatter(lead, valid, dtype)
     raw = np.asarray(student, dtype).reshape(rows, columns)[valid, :vocab]
     s, cap_slope = _softcap(raw, student_softcap)
-    t, _ = _softcap(
-        np.asarray(teacher, dtype).reshape(rows, teacher.shape[-1])[valid, :vocab], teacher_softcap
-    )
+    t, _ = _softcap(np.asarray(teacher, dtype).reshape(rows, teacher.shape[-1])[valid, :vocab], teacher_softcap)
     w = _per_row(1.0 if token_weights is None else token_weights, rows, dtype)[valid]
     temp = _per_row(temperature, rows, dtype)[valid]
     up = _per_row(upstream, rows, dtype)[valid]

@@ -106,9 +106,7 @@ def test_hinton_factor_and_mean() -> None:
     student, teacher, _ = _rows(3)
     lq, lp = (student / 3).log_softmax(-1), (teacher / 3).log_softmax(-1)
     theirs = 9 * F.kl_div(lq, lp, reduction="batchmean", log_target=True)
-    np.testing.assert_allclose(
-        reference(student.numpy(), teacher.numpy(), temperature=3.0).loss, theirs, rtol=1e-13
-    )
+    np.testing.assert_allclose(reference(student.numpy(), teacher.numpy(), temperature=3.0).loss, theirs, rtol=1e-13)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -1,10 +1,10 @@
-"""The comparison itself must fail on a planted error: on every kind that a kernel can make, each as small as it gets."""
+"""The comparison itself must fail on a planted error: of every kind that a kernel can make, as small as it gets."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cases import BF16, FP16, FP32, Case, Inputs, Outcome, make_inputs, reference_of, run_backend
+from inputs import BF16, FP16, FP32, Case, Inputs, Outcome, make_inputs, reference_of, run_backend
 from reference import Reference
 from tolerances import assert_close_to_reference
 
@@ -18,9 +18,7 @@ OPTIONS = {
 
 
 def _solved(dtype: torch.dtype, regime: str = "ordinary") -> tuple[Outcome, Reference, Outcome]:
-    inputs: Inputs = make_inputs(
-        Case("planted errors", lead=(4,), vocab=1000, regime=regime, student_dtype=dtype)
-    )
+    inputs: Inputs = make_inputs(Case("planted errors", lead=(4,), vocab=1000, regime=regime, student_dtype=dtype))
     options = {**OPTIONS, "labels": inputs.labels}
     outcome, eager = run_backend(inputs, options), run_backend(inputs, options, in_fp32=True)
     assert_close_to_reference(outcome, reference_of(inputs, options), eager)

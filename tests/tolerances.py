@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from cases import Outcome, to_numpy
+from inputs import Outcome, to_numpy
 from reference import Reference
 
 K = 4.0
@@ -110,9 +110,7 @@ def assert_close_to_reference(
     assert eager.stats is not None
     for name in ("kd", "ce", "student_entropy", "teacher_entropy"):
         value, magnitude = getattr(expected, name), getattr(expected, f"{name}_magnitude")
-        assert_close(
-            f"stats.{name}", getattr(outcome.stats, name), value, magnitude, getattr(eager.stats, name)
-        )
+        assert_close(f"stats.{name}", getattr(outcome.stats, name), value, magnitude, getattr(eager.stats, name))
     sure = ~expected.top1_unsure
     agreement = to_numpy(outcome.stats.top1_agreement)
     assert (agreement[sure] == expected.top1_agreement[sure]).all(), "stats.top1_agreement"

@@ -1,0 +1,135 @@
+"""The mutation check: one change at a time to the kernel sources, and the harness must fail. A mutant that survives is
+a hole in the harness's table of problems, or a line that does nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import harness
+import pytest
+
+FLAGS = ("-O1",)
+
+
+class Mutant(NamedTuple):
+    """Replace `old`, which must occur in csrc/`file` exactly once, by `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+ROW, KERNEL, SWEEPS = "core/row.h", "kernels/cpu/row_kernel.h", "kernels/cpu/sweeps.h"
+SUMS, CONVERT, LAUNCH = "core/accumulators.h", "kernels/cpu/convert.h", "kernels/cpu/launch.cpp"
+TERMS, KERNELS = "core/divergence.h", "kernels/cpu/kernels.h"
+
+MUTANTS = {
+    # signs
+    "sign of the label's gradient": Mutant(ROW, "c.label = -weight", "c.label = weight"),
+    "sign of the smoothing's gradient": Mutant(ROW, "c.constant = -weight", "c.constant = weight"),
+    "sign of the ratio in reverse_kl": Mutant(ROW, "c.ratio = -reverse", "c.ratio = reverse"),
+    "sign of the mixture's log in jsd": Mutant(
+        TERMS, "F(-rest) * c.q * m.log2_m_over_q", "F(rest) * c.q * m.log2_m_over_q",
+    ),
+    "sign at p > q in total_variation": Mutant(TERMS, "difference > zero, zero - half_q", "difference > zero, half_q"),
+    # maxima and rebasing
+    "a later, larger maximum is missed": Mutant(SUMS, "max(later.largest_s, largest_s)", "largest_s"),
+    "the smaller maximum is taken": Mutant(SUMS, "max(later.largest_t, largest_t)", "min(later.largest_t, largest_t)"),
+    "dot product not rebased": Mutant(SUMS, "sum_t * (shift_t - shift_s)", "0.0f * (shift_t - shift_s)"),
+    "power not rebased": Mutant(SUMS, "sum_hard *= exp2(softening.temperature * shift_s)", "sum_hard *= scale_s"),
+    "hard exponentials of a block not rebased": Mutant(
+        KERNEL, "exp2(job.options.temperature * shift_s)", "exp2(shift_s)"
+    ),
+    "linear sum not rebased": Mutant(SUMS, "columns * shift_s", "0.0f * shift_s"),
+    # guards
+    "empty sums are shifted": Mutant(
+        SUMS, "dot_t = scale_t == 0 ? 0.0f : scale_t * (dot_t + (sum_t == 0 ? 0.0f : sum_t * (shift_t - shift_s)))",
+        "dot_t = scale_t * (dot_t + sum_t * (shift_t - shift_s))",
+    ),
+    "0 times infinity counts": Mutant(
+        "core/numerics.h", "select(weight > F(0.0f), weight * value, F(0.0f))", "weight * value"
+    ),
+    "a tie of total_variation has a gradient": Mutant(TERMS, "select(tie, zero, dlogq)", "dlogq"),
+    "label V is accepted": Mutant(LAUNCH, "p.labels[n] >= p.columns", "p.labels[n] > p.columns"),
+    "the derivative of the softcap": Mutant(SWEEPS, "one - u * u", "one"),
+    # tails
+    "the last column is not loaded": Mutant(
+        CONVERT, "std::memcpy(tail, src + i * size, static_cast<size_t>(n - i) * size)",
+        "std::memcpy(tail, src + i * size, static_cast<size_t>(n - i - 1) * size)",
+    ),
+    "the load reads beyond the row": Mutant(
+        CONVERT, "std::memcpy(tail, src + i * size, static_cast<size_t>(n - i) * size)",
+        "std::memcpy(tail, src + i * size, sizeof(tail))",
+    ),
+    "the store writes beyond the row": Mutant(
+        CONVERT, "std::memcpy(dst + i * size, tail, static_cast<size_t>(n - i) * size)",
+        "std::memcpy(dst + i * size, tail, sizeof(tail))",
+    ),
+    "the padding counts as logits of 0": Mutant(
+        CONVERT, "store_lanes<dtype>(tail, Vec(minus_inf))", "store_lanes<dtype>(tail, Vec(0.0f))"
+    ),
+    "the label in the last column is missed": Mutant(KERNEL, "label_at < columns", "label_at < columns - 1"),
+    "columns beyond the common vocabulary are left": Mutant(
+        KERNELS, "    last_step(job, 0, blocks);\n    zero_gradient(p, n, p.columns);", "    last_step(job, 0, blocks);"
+    ),
+    "the gradient of an ignored row is left": Mutant(KERNEL, "  zero_gradient(p, n, 0);\n", ""),
+    # factors
+    "T for T squared": Mutant(KERNEL, "o.temperature * o.temperature", "o.temperature"),
+    "half of the z-loss": Mutant(ROW, "1.0f + 2.0f * o.z_loss", "1.0f + o.z_loss"),
+    "the square is left out": Mutant(SWEEPS, "sum_hard += e_s * e_s", "sum_hard += e_s"),
+    "one power too few": Mutant(SWEEPS, "for (int k = 1; k < power; ++k)", "for (int k = 2; k < power; ++k)"),
+    "the token's weight is left out": Mutant(KERNEL, "p.weight(job.n) * loss", "loss"),
+    "ignored rows count in the mean": Mutant(LAUNCH, "if (!call.params.ignored(n)) denominator", "denominator"),
+    "the pending scale is left out": Mutant(
+        KERNELS, "p.factor[n * p.factor_stride] * p.common", "p.factor[n * p.factor_stride]",
+    ),
+    "the value of skew_forward_kl without its weight": Mutant(
+        TERMS, "c.p * m.log2_p_over_m, F(-rest", "m.log2_p_over_m, F(-rest",
+    ),
+    # rounding and threads
+    "bf16 by truncation": Mutant(CONVERT, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"),
+    "threads share their scratch": Mutant(LAUNCH, "thread_local ThreadScratch", "ThreadScratch"),
+    "gradient of the sharing threads skips a block": Mutant(
+        KERNELS, "executor.run(blocks_of(job.params.columns), 1", "executor.run(blocks_of(job.params.columns) - 1, 1"
+    ),
+}  # fmt: skip
+# the processor's own bf16 conversion passes by the code of this mutant
+ISA = {"bf16 by truncation": "baseline"}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """The harness's own objects per instruction set: they do not change with the kernels."""
+    out = {}
+    for isa in {harness.runnable_isas()[-1], *ISA.values()}:
+        folder = tmp_path_factory.mktemp(isa)
+        out[isa] = harness.compile_parts(folder, isa, ("-O2",))
+    return out
+
+
+def _verdict(folder: Path, isa: str, parts: dict[str, list[Path]], csrc: Path) -> tuple[int, str]:
+    objects = parts[isa] + harness.compile_kernels(folder, isa, FLAGS, csrc)
+    done = harness.run(harness.link(objects, folder / "harness"), "quick", "4", timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("isa", sorted({harness.runnable_isas()[-1], *ISA.values()}))
+def test_the_original_passes(isa: str, parts: dict[str, list[Path]], tmp_path: Path) -> None:
+    status, output = _verdict(tmp_path, isa, parts, harness.ROOT / "csrc")
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, parts: dict[str, list[Path]], tmp_path: Path) -> None:
+    mutant = MUTANTS[name]
+    isa = ISA.get(name, harness.runnable_isas()[-1])
+    csrc = tmp_path / "csrc"
+    shutil.copytree(harness.ROOT / "csrc", csrc)
+    path = csrc / mutant.file
+    original = path.read_text()
+    assert original.count(mutant.old) == 1, f"csrc/{mutant.file} has {original.count(mutant.old)} times: {mutant.old}"
+    path.write_text(original.replace(mutant.old, mutant.new))
+    status, output = _verdict(tmp_path, isa, parts, csrc)
+    assert status != 0, f"survived: {name}\n{output}"
