@@ -69,6 +69,6 @@ def _plot_differences(axes: Any, differences: dict[str, dict[str, Difference]], 
     axes.axvline(0, color="0.45", lw=1)
     axes.set_yticks(ticks, names, fontsize=8)
     axes.set_ylim(-len(ticks) + 0.5, 0.5)
-    axes.set_title("KD + CE minus hard labels on test rows, 95 % (below 0: KD ahead)", fontsize=10)
-    axes.set_xlabel("nats per token", fontsize=9)
+    axes.set_title("KD + CE minus hard labels, test rows, 95 % bars", fontsize=10)
+    axes.set_xlabel("nats per token (below 0: KD + CE is ahead)", fontsize=9)
     axes.grid(True, axis="x", alpha=0.3)

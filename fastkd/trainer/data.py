@@ -75,7 +75,8 @@ def _read(argument: str, path: Path, text_field: str) -> Dataset:
         raise ValueError(
             f"{argument}: {str(path)!r} has no {text_field!r}; data.text_field allows {sorted(data.column_names)}"
         )
-    return data.select_columns([text_field]).rename_column(text_field, "text")
+    data = data.select_columns([text_field])
+    return data if text_field == "text" else data.rename_column(text_field, "text")
 
 
 def _tokenized(argument: str, path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:

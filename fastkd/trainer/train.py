@@ -277,4 +277,6 @@ def make_optimizer(
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"optim.schedule={optim.schedule!r} with {optim.schedule_options}: {error}") from None
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        raise ValueError(f"optim.schedule={optim.schedule!r}; allowed: a schedule that depends on the step alone")
     return optimizer, scheduler
