@@ -1,8 +1,8 @@
 // The divergences (DESIGN section 1). p is always the teacher, q the student.
 //
-// Two families. The mixed Kullback-Leibler divergences  w KL(p||q) + (1 - w) KL(q||p)  have their value from one sweep and
-// a gradient that is linear in p, q and q (lp - lq): row.h holds them whole. The others are a term and its derivative
-// per column, below, and need both softmax denominators before their terms can be summed.
+// Two families. The mixed Kullback-Leibler divergences  w KL(p||q) + (1 - w) KL(q||p)  have their value from one sweep
+// and a gradient that is linear in p, q and q (lp - lq): row.h holds them whole. The others are a term and its
+// derivative per column, below, and need both softmax denominators before their terms can be summed.
 #pragma once
 
 #include "numerics.h"

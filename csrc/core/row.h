@@ -43,7 +43,8 @@ FASTKD_FN float reverse_kl_of(const Piece& row, const Denominators& z) {
 // A mixed divergence. A direction of weight 0 is left out: it may be infinite.
 FASTKD_FN float mixed_kl_of(const RowOptions& o, const Piece& row, const Denominators& z) {
   const float forward = forward_share(o), reverse = reverse_share(o);
-  return (forward == 0 ? 0.0f : forward * forward_kl_of(row, z)) + (reverse == 0 ? 0.0f : reverse * reverse_kl_of(row, z));
+  return (forward == 0 ? 0.0f : forward * forward_kl_of(row, z)) +
+         (reverse == 0 ? 0.0f : reverse * reverse_kl_of(row, z));
 }
 
 // Cross-entropy at T = 1 with label smoothing and z-loss. label_y: exponent of the label's logit at T.

@@ -15,7 +15,7 @@ constexpr int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2;
 struct Rows {
   void* data = nullptr;
   DType dtype = DType::float32;
-  int64_t inner = 1;                         // rows per outer step, >= 1
+  int64_t inner = 1;                           // rows per outer step, >= 1
   int64_t outer_stride = 0, inner_stride = 0;  // elements
 
   char* row(int64_t n) const {
@@ -30,13 +30,13 @@ struct LossParams {
   int64_t rows = 0;     // N
   int64_t columns = 0;  // V, the vocabulary that both models share
   Rows student, teacher;
-  Rows gradient;                // data == nullptr: the value alone
+  Rows gradient;                 // data == nullptr: the value alone
   int64_t gradient_columns = 0;  // the student's own width; columns beyond V get gradient 0
-  bool fresh_gradient = false;  // newly allocated, not yet touched
+  bool fresh_gradient = false;   // newly allocated, not yet touched
 
-  const int64_t* labels = nullptr;       // (N) or null
-  const float* token_weights = nullptr;  // (N) or null
-  const float* temperatures = nullptr;   // (N) or null: one per row instead of options.temperature
+  const int64_t* labels = nullptr;                 // (N) or null
+  const float* token_weights = nullptr;            // (N) or null
+  const float* temperatures = nullptr;             // (N) or null: one per row instead of options.temperature
   float student_softcap = 0, teacher_softcap = 0;  // 0: none
   int64_t ignore_index = -100;
   RowOptions options;

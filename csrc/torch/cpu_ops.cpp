@@ -61,15 +61,20 @@ Tensor per_row(const char* name, const Tensor& x, ScalarType dtype, int64_t rows
   return torch::stable::contiguous(cast);
 }
 
-const int64_t* int_data(const OptionalTensor& x) { return x ? static_cast<const int64_t*>(x->const_data_ptr()) : nullptr; }
-const float* float_data(const OptionalTensor& x) { return x ? static_cast<const float*>(x->const_data_ptr()) : nullptr; }
+const int64_t* int_data(const OptionalTensor& x) {
+  return x ? static_cast<const int64_t*>(x->const_data_ptr()) : nullptr;
+}
+const float* float_data(const OptionalTensor& x) {
+  return x ? static_cast<const float*>(x->const_data_ptr()) : nullptr;
+}
 
 void check_logits(const Tensor& student, const Tensor& teacher) {
   STD_TORCH_CHECK(student.is_cpu() && teacher.is_cpu(), "both logits must be on the CPU");
   STD_TORCH_CHECK(student.dim() >= 1 && teacher.dim() >= 1 && columns_of(student) >= 1 && columns_of(teacher) >= 1,
                   "logits must be (..., V) with V >= 1");
-  STD_TORCH_CHECK(rows_of(student) == rows_of(teacher), "student_logits and teacher_logits must have equally many rows; got ",
-                  rows_of(student), " and ", rows_of(teacher));
+  STD_TORCH_CHECK(rows_of(student) == rows_of(teacher),
+                  "student_logits and teacher_logits must have equally many rows; got ", rows_of(student), " and ",
+                  rows_of(teacher));
 }
 
 // The arguments of both forward operators that are the same for all rows; numbers as in library.cpp.
@@ -98,8 +103,15 @@ void fill_call(LossCall& call, const Tensor& student, const Scalars& o) {
                   "scalars must be 8 contiguous float64 numbers on the CPU");
   const auto* numbers = static_cast<const double*>(o.numbers.const_data_ptr());
   const auto number = [&](int i) { return static_cast<float>(numbers[i]); };
-  p.options = {parse_divergence(o.divergence), number(0), static_cast<float>(1 - numbers[0]), number(1), o.scale_by_t2,
-               number(2), number(3), number(4), number(5)};
+  p.options = {parse_divergence(o.divergence),
+               number(0),
+               static_cast<float>(1 - numbers[0]),
+               number(1),
+               o.scale_by_t2,
+               number(2),
+               number(3),
+               number(4),
+               number(5)};
   p.student_softcap = number(6);
   p.teacher_softcap = number(7);
   p.ignore_index = o.ignore_index;
@@ -150,10 +162,11 @@ Rows rows_or_copy(const char* name, Tensor& x) {
   return *view_as_rows(name, x);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> kd_forward(
-    Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor token_weights, OptionalTensor temperatures,
-    OptionalTensor num_items, Tensor numbers, std::string divergence, bool scale_by_t2, int64_t ignore_index,
-    std::string reduction, bool with_stats, bool with_gradient) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, OptionalTensor labels,
+                                                      OptionalTensor token_weights, OptionalTensor temperatures,
+                                                      OptionalTensor num_items, Tensor numbers, std::string divergence,
+                                                      bool scale_by_t2, int64_t ignore_index, std::string reduction,
+                                                      bool with_stats, bool with_gradient) {
   check_logits(student, teacher);
   LossCall call;
   call.params.student = rows_or_copy("student_logits", student);
@@ -173,10 +186,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_forward(
   return {out.loss, gradient, out.pending, out.stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> kd_forward_(
-    Tensor student, Tensor teacher, OptionalTensor labels, OptionalTensor token_weights, OptionalTensor temperatures,
-    OptionalTensor num_items, Tensor numbers, std::string divergence, bool scale_by_t2, int64_t ignore_index,
-    std::string reduction, bool with_stats) {
+std::tuple<Tensor, Tensor, Tensor> kd_forward_(Tensor student, Tensor teacher, OptionalTensor labels,
+                                               OptionalTensor token_weights, OptionalTensor temperatures,
+                                               OptionalTensor num_items, Tensor numbers, std::string divergence,
+                                               bool scale_by_t2, int64_t ignore_index, std::string reduction,
+                                               bool with_stats) {
   check_logits(student, teacher);
   LossCall call;
   const auto rows = view_as_rows("student_logits", student);

@@ -8,9 +8,9 @@
 #include "../kernels/cpu/isa.h"
 
 // Everything of the loss but the way its gradient leaves. `(...)` is the leading shape of the logits.
-// scalars: (8) float64 on the CPU whatever the logits' device: beta, temperature, kd_weight, ce_weight, label_smoothing,
-// z_loss, student_softcap, teacher_softcap (0: none). A tensor, because a traced graph would be compiled anew for every
-// value of a float argument.
+// scalars: (8) float64 on the CPU whatever the logits' device: beta, temperature, kd_weight, ce_weight,
+// label_smoothing, z_loss, student_softcap, teacher_softcap (0: none). A tensor, because a traced graph would be
+// compiled anew for every value of a float argument.
 #define FASTKD_LOSS_ARGUMENTS                                                                               \
   "Tensor teacher_logits, Tensor? labels, Tensor? token_weights, Tensor? temperatures, Tensor? num_items, " \
   "Tensor scalars, str divergence, bool scale_by_t2, int ignore_index, str reduction, bool with_stats"
@@ -41,7 +41,8 @@ PyObject* cpu_isa(PyObject*, PyObject*) {
 PyObject* cpu_isas(PyObject*, PyObject*) { return PyUnicode_FromString(fastkd::runnable_isas()); }
 
 PyMethodDef methods[] = {
-    {"cpu_isa", cpu_isa, METH_NOARGS, "Instruction set of the CPU kernels in use; ValueError if FASTKD_CPU_ISA names none."},
+    {"cpu_isa", cpu_isa, METH_NOARGS,
+     "Instruction set of the CPU kernels in use; ValueError if FASTKD_CPU_ISA names none."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "Instruction sets that this machine runs, separated by commas."},
     {nullptr, nullptr, 0, nullptr},
 };

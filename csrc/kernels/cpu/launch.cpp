@@ -16,10 +16,10 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kAlignment = 64;            // bytes: one cache line, one AVX-512 vector
+constexpr int64_t kAlignment = 64;  // bytes: one cache line, one AVX-512 vector
 constexpr int64_t kHugePage = int64_t{1} << 21;
-constexpr int64_t kSerialColumns = 16384;     // work below which waking a second thread costs more than it saves
-constexpr int64_t kSharedRowCost = 12;        // blocks that one thread does while a shared row's steps synchronise
+constexpr int64_t kSerialColumns = 16384;  // work below which waking a second thread costs more than it saves
+constexpr int64_t kSharedRowCost = 12;     // blocks that one thread does while a shared row's steps synchronise
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -43,8 +43,12 @@ class ThreadScratch {
     }
     float* exponentials = static_cast<float*>(memory_.get());
     char* rest = static_cast<char*>(memory_.get()) + floats;
-    return {exponentials, exponentials + width, exponentials + 2 * width, exponentials + 3 * width,
-            reinterpret_cast<Piece*>(rest), reinterpret_cast<TermSums*>(rest + pieces)};
+    return {exponentials,
+            exponentials + width,
+            exponentials + 2 * width,
+            exponentials + 3 * width,
+            reinterpret_cast<Piece*>(rest),
+            reinterpret_cast<TermSums*>(rest + pieces)};
   }
 
  private:
@@ -84,7 +88,8 @@ void advise_huge_pages(const LossParams& p) {
   const int64_t bytes = p.rows * p.gradient_columns * size_of(p.gradient.dtype);
   if (!p.fresh_gradient || bytes < 2 * kHugePage) return;
   const auto begin = (reinterpret_cast<uintptr_t>(p.gradient.data) + kHugePage - 1) / kHugePage * kHugePage;
-  const auto end = (reinterpret_cast<uintptr_t>(p.gradient.data) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  const auto end =
+      (reinterpret_cast<uintptr_t>(p.gradient.data) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure is harmless
 #else
   (void)p;

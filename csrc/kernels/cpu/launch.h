@@ -10,7 +10,7 @@ struct LossCall {
   Reduction reduction = Reduction::mean;
   const float* num_items = nullptr;  // denominator of mean; null: the sum of the weights of the rows not ignored
   float* loss = nullptr;             // (1), or (N) for Reduction::none
-  float* pending_scale = nullptr;    // (1): what the stored gradient still has to be multiplied by, besides the upstream
+  float* pending_scale = nullptr;  // (1): what the stored gradient still has to be multiplied by, besides the upstream
 };
 
 // Checks labels and temperatures, then computes. Nothing is written unless the status is ok.

@@ -16,10 +16,10 @@ struct RowJob {
   RowOptions options;
   Softening softening;
   const char *student, *teacher;
-  char* gradient;  // null: the value alone
+  char* gradient;         // null: the value alone
   float label_logit = 0;  // read before anything is overwritten
   Hard hard;
-  bool exp_in_gradient;    // see exp_s_at
+  bool exp_in_gradient;     // see exp_s_at
   bool keeps_exponentials;  // a later sweep needs them; else each block's are forgotten after its sums
   RowScratch scratch;
   Piece row;
@@ -123,8 +123,8 @@ void second_step(RowJob& job, int64_t begin, int64_t end) {
     scales.student /= job.row.sum_s;
     scales.teacher /= job.row.sum_t;
     scales.log2_ratio += z.log2_s - z.log2_t;
-    job.scratch.terms[block] = term_sweep_of(job.options.divergence, job.view(block), scales, job.options.beta,
-                                             job.options.beta_rest);
+    job.scratch.terms[block] =
+        term_sweep_of(job.options.divergence, job.view(block), scales, job.options.beta, job.options.beta_rest);
   }
 }
 
@@ -149,8 +149,8 @@ void finish_row(RowJob& job) {
   const LossParams& p = job.params;
   const RowOptions& o = job.options;
   const Denominators z(job.row);
-  job.divergence = is_mixed_kl(o.divergence) ? mixed_kl_of(o, job.row, z)
-                                                : kLn2 * job.terms.value + zero_unless_nan(job.row);
+  job.divergence =
+      is_mixed_kl(o.divergence) ? mixed_kl_of(o, job.row, z) : kLn2 * job.terms.value + zero_unless_nan(job.row);
   float loss = 0;  // a part of weight 0 is left out: it may be infinite
   if (o.kd_weight != 0) {
     loss = o.kd_weight * (o.scale_by_t2 ? o.temperature * o.temperature : 1.0f) * job.divergence;
@@ -173,8 +173,8 @@ FASTKD_FN BlockCoefficients block_coefficients(const RowJob& job, int64_t block)
   const GradientCoefficients& c = job.coefficients;
   const BlockScales scales = block_scales(job, job.scratch.pieces[block]);
   const bool mixed = is_mixed_kl(job.options.divergence);
-  BlockCoefficients b{c.student * scales.student, c.ratio * scales.student, mixed ? c.teacher * scales.teacher : c.dlogq,
-                      c.hard * scales.hard, c.constant};
+  BlockCoefficients b{c.student * scales.student, c.ratio * scales.student,
+                      mixed ? c.teacher * scales.teacher : c.dlogq, c.hard * scales.hard, c.constant};
   // a block whose exponentials vanish beside the row's has no part in the gradient, however large its ratios
   if (b.ratio != 0) b.student += b.ratio * scales.log2_ratio;
   return b;

@@ -38,7 +38,8 @@ struct Selection {
       runnable += (runnable.empty() ? "" : ", ") + std::string(candidate->name);
       if (!is_forced || std::string(forced) == candidate->name) kernels = candidate;
     }
-    if (!kernels) error = "FASTKD_CPU_ISA=" + std::string(forced) + " does not run on this machine; available: " + runnable;
+    if (!kernels)
+      error = "FASTKD_CPU_ISA=" + std::string(forced) + " does not run on this machine; available: " + runnable;
   }
 };
 

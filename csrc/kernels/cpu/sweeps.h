@@ -41,9 +41,9 @@ struct BlockView {
   const float* student;
   const float* teacher;
   int n;
-  float *exp_s, *exp_t;  // 2^y; exp_t is replaced by dlogq in the second sweep
-  float* ratio;          // y_t - y_s
-  float* exp_hard;       // 2^(T y_s)
+  float *exp_s, *exp_t;           // 2^y; exp_t is replaced by dlogq in the second sweep
+  float* ratio;                   // y_t - y_s
+  float* exp_hard;                // 2^(T y_s)
   Stream next_s, next_t, next_d;  // what the next block reads and writes in memory
 
   template <int kColumns>
