@@ -1,0 +1,88 @@
+"""Who may include and import what (DESIGN §3), as functions of a source tree, so that planted trees can be checked too."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+MAX_LINES = 400
+MAX_SETUP_LINES = 120
+
+# folder of csrc -> folders whose headers it may include
+CSRC_MAY_INCLUDE = {
+    "core": {"core"},
+    "kernels": {"core", "kernels"},
+    "torch": {"core", "kernels", "torch"},
+}
+TORCH_HEADER = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
+CUDA_HEADER = re.compile(r"^(cuda|cub/|cooperative_groups|thrust/)")
+
+# outer packages of fastkd and the module that hands commands to them by name
+OUTER = {"bench", "demo", "trainer", "integrations", "cli", "__main__"}
+# outer package -> the outer packages it may use
+OUTER_MAY_IMPORT = {"demo": {"demo", "trainer"}, "__main__": {"cli"}}
+# packages that the core of fastkd may import besides the standard library
+CORE_MAY_IMPORT = {"torch", "fastkd"}
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def csrc_violations(csrc: Path) -> list[str]:
+    found = []
+    for path in sorted(p for p in csrc.rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}):
+        layer = path.relative_to(csrc).parts[0]
+        for header in includes(path):
+            if layer != "torch" and TORCH_HEADER.match(header):
+                found.append(f"{path.relative_to(csrc)} includes {header}: only csrc/torch knows torch")
+            if layer == "core" and CUDA_HEADER.match(header):
+                found.append(f"{path.relative_to(csrc)} includes {header}: csrc/core knows no CUDA")
+            target = (path.parent / header).resolve()
+            if target.is_file() and csrc.resolve() in target.parents:
+                other = target.relative_to(csrc.resolve()).parts[0]
+                if other not in CSRC_MAY_INCLUDE[layer]:
+                    found.append(f"{path.relative_to(csrc)} includes {header}: {layer} may not know {other}")
+    return found
+
+
+def imports(path: Path, package: tuple[str, ...]) -> set[str]:
+    """Absolute dotted names that a module of ``package`` imports, anywhere in its text but under TYPE_CHECKING."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def python_violations(root: Path, standard_library: frozenset[str]) -> list[str]:
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root.parent)
+        package = relative.parts[:-1]
+        own = relative.parts[1].removesuffix(".py")
+        for name in imports(path, package):
+            top, *rest = name.split(".")
+            if top == "fastkd":
+                part = rest[0] if rest else ""
+                allowed = OUTER_MAY_IMPORT.get(own, {own})
+                if part in OUTER and part not in allowed:
+                    found.append(f"{relative} imports {name}: {own} may not know {part}")
+            elif own not in OUTER and top not in CORE_MAY_IMPORT | standard_library:
+                found.append(f"{relative} imports {name}: the core depends on torch alone")
+    return found
+
+
+def length_violations(root: Path, files: list[Path]) -> list[str]:
+    found = []
+    for path in files:
+        limit = MAX_SETUP_LINES - 1 if path == root / "setup.py" else MAX_LINES
+        lines = len(path.read_text().splitlines())
+        if lines > limit:
+            found.append(f"{path.relative_to(root)} has {lines} lines; at most {limit}")
+    return found

@@ -1,0 +1,72 @@
+"""README and CHANGELOG: their Python runs, their links resolve, their commands exist, their version is the package's."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastkd
+from fastkd.cli import DELEGATED
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = {"backends", "explain", *DELEGATED}
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_python_of_the_readme_runs() -> None:
+    """All blocks in one namespace, in order, as a reader would type them."""
+    blocks = python_blocks(README)
+    assert len(blocks) >= 3
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", ["README.md", "DESIGN.md", "CHANGELOG.md", "bench/README.md"])
+def test_links_resolve(name: str) -> None:
+    path = ROOT / name
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
+        if not re.match(r"https?://|mailto:", link):
+            assert (path.parent / link).exists(), f"{name} links to {link}"
+
+
+def test_commands_exist() -> None:
+    text = "\n".join(re.findall(r"`([^`\n]+)`", README)) + "\n".join(re.findall(r"^```.*?^```", README, re.M | re.S))
+    named = set(re.findall(r"\bfastkd ([a-z]+)\b", text))
+    assert named, "the README names no command"
+    assert named <= COMMANDS
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)\b", text)) <= targets
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help(command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "fastkd", command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout.lower()
+
+
+def test_changelog_has_this_version() -> None:
+    assert re.search(rf"^## {re.escape(fastkd.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert f'version = "{fastkd.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_options_of_the_readme_are_those_of_the_function() -> None:
+    import inspect
+
+    table = set(re.findall(r"^\| `([a-z0-9_]+)`", README, re.MULTILINE))
+    rows = set(re.findall(r"`([a-z0-9_]+)`", "\n".join(re.findall(r"^\| (`[^|]*) \|", README, re.MULTILINE))))
+    keywords = {
+        name
+        for name, parameter in inspect.signature(fastkd.kd_loss).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    assert keywords <= table | rows, f"missing in the README: {keywords - table - rows}"
