@@ -11,6 +11,13 @@ import fastkd
 from fastkd import ops
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With -q pytest leaves the header out; which instruction set passed is worth a line all the same."""
+    if terminalreporter.verbosity < 0:
+        for line in pytest_report_header():
+            terminalreporter.write_line(line)
+
+
 def pytest_report_header() -> list[str]:
     """The build under test: versions, backends, instruction set, threads."""
     built = fastkd.backends().reasons

@@ -47,12 +47,12 @@ struct Problem {
   fastkd::Reduction reduction = fastkd::Reduction::mean;
   float student_softcap = 0, teacher_softcap = 0;
   bool labels = true, weights = false, temperatures = false, stats = false, in_place = false;
-  double peak = 0;          // added to one column of each model
-  bool masked = false;      // some columns, and the first chunk of a long row, -inf in both
+  double peak = 0;                  // added to one column of each model
+  bool masked = false;              // some columns, and the first chunk of a long row, -inf in both
   bool teacher_masks_more = false;  // with `masked`: half of the columns in the teacher alone
-  bool identical = false;   // teacher = student
-  bool swapped = false;     // all logits 0 but one, in the first column of the student, the second of the teacher
-  double upstream = 1;      // applied by the rescaling kernel
+  bool identical = false;           // teacher = student
+  bool swapped = false;  // all logits 0 but one, in the first column of the student, the second of the teacher
+  double upstream = 1;   // applied by the rescaling kernel
 
   bool ties_are_exact() const { return identical || swapped; }
 };
@@ -67,7 +67,8 @@ struct Row {
 struct Answer {
   double loss = 0, loss_magnitude = 0;  // of the row, weighted, not divided
   double kd = 0, ce = 0, student_entropy = 0, teacher_entropy = 0, agreement = 0;
-  std::vector<double> gradient, magnitude, slack;  // of the row's loss; slack: absolute, beside a tie of total variation
+  std::vector<double> gradient, magnitude,
+      slack;  // of the row's loss; slack: absolute, beside a tie of total variation
 };
 
 // fp64, from the formulas of DESIGN section 1; reference.cpp.

@@ -1,5 +1,5 @@
-// Drives the torch-free CPU kernels on std::threads over the table of problems. Built plainly, with sanitizers, and from
-// changed sources: see test_native_harness.py and test_mutation.py.
+// Drives the torch-free CPU kernels on std::threads over the table of problems. Built plainly, with sanitizers, and
+// from changed sources: see test_native_harness.py and test_mutation.py.
 //
 //   harness [quick|all] [threads] -> a line per failing problem (quick: the first), exit status 1 if there is one
 #include <cstdio>

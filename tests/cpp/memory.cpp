@@ -45,8 +45,10 @@ uint16_t half_bits(double x) {
   uint16_t low = 0, high = 0x7c00;  // magnitudes are ordered like their bits
   while (low < high) {
     const auto middle = static_cast<uint16_t>((low + high + 1) / 2);
-    if (half_value(middle) <= std::fabs(x)) low = middle;
-    else high = static_cast<uint16_t>(middle - 1);
+    if (half_value(middle) <= std::fabs(x))
+      low = middle;
+    else
+      high = static_cast<uint16_t>(middle - 1);
   }
   return sign | low;
 }
@@ -102,7 +104,8 @@ double GuardedRows::get(int64_t row, int64_t column) const {
 
 void GuardedRows::mark_gaps() {
   for (int64_t n = 0; n + 1 < rows_; ++n)
-    std::memset(element(n * stride_ + columns_), kPattern, static_cast<size_t>((stride_ - columns_) * fastkd::size_of(dtype_)));
+    std::memset(element(n * stride_ + columns_), kPattern,
+                static_cast<size_t>((stride_ - columns_) * fastkd::size_of(dtype_)));
 }
 
 bool GuardedRows::gaps_are_marked() const {

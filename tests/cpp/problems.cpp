@@ -7,9 +7,9 @@ namespace {
 using fastkd::Divergence;
 using fastkd::DType;
 
-constexpr Divergence kDivergences[] = {Divergence::forward_kl,      Divergence::reverse_kl,      Divergence::symmetric_kl,
-                                       Divergence::jsd,             Divergence::total_variation, Divergence::skew_forward_kl,
-                                       Divergence::skew_reverse_kl};
+constexpr Divergence kDivergences[] = {
+    Divergence::forward_kl,      Divergence::reverse_kl,      Divergence::symmetric_kl,   Divergence::jsd,
+    Divergence::total_variation, Divergence::skew_forward_kl, Divergence::skew_reverse_kl};
 constexpr DType kDTypes[] = {DType::float32, DType::bfloat16, DType::float16};
 
 Problem named(const std::string& name, Divergence divergence, int64_t rows, int64_t columns, DType dtype) {
@@ -28,7 +28,8 @@ Problem named(const std::string& name, Divergence divergence, int64_t rows, int6
 
 void add_widths(std::vector<Problem>& out, bool quick) {
   const std::vector<int64_t> few = {1, 3, 8, 17, 33, 2049, 4100};
-  const std::vector<int64_t> all = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 64, 100, 2047, 2048, 2049, 2080, 4097, 6150};
+  const std::vector<int64_t> all = {1,  2,  3,  4,  5,   7,    8,    9,    15,   16,   17,  31,
+                                    32, 33, 47, 64, 100, 2047, 2048, 2049, 2080, 4097, 6150};
   int turn = 0;
   for (int64_t columns : quick ? few : all)
     for (Divergence d : kDivergences)

@@ -65,8 +65,7 @@ Term term_of(const Problem& problem, double lp, double lq) {
       const Term f = forward(p, lp, lq), r = reverse(q, lp, lq);
       return {beta * f.value + (1 - beta) * r.value, beta * f.dlogq + (1 - beta) * r.dlogq, f.size + r.size};
     }
-    case Divergence::total_variation:
-      return total_variation(p, q, size, size_p + size_q, problem.ties_are_exact());
+    case Divergence::total_variation: return total_variation(p, q, size, size_p + size_q, problem.ties_are_exact());
     case Divergence::jsd: {
       const double lm = log_mix(beta, lp, lq);
       const double student = (1 - beta) * weighted(q, lq - lm);
@@ -94,7 +93,8 @@ double entropy(const Values& log_probabilities) {
 
 int64_t first_top(const Values& x) { return std::max_element(x.begin(), x.end()) - x.begin(); }
 
-void add_divergence(const Problem& p, const Row& row, const LogProbabilities& lq, const LogProbabilities& lp, Answer& a) {
+void add_divergence(const Problem& p, const Row& row, const LogProbabilities& lq, const LogProbabilities& lp,
+                    Answer& a) {
   const double factor = p.options.kd_weight * (p.options.scale_by_t2 ? row.temperature * row.temperature : 1);
   const size_t columns = lq.values.size();
   double total = 0, total_size = 0, total_slack = 0;
@@ -131,7 +131,8 @@ void add_cross_entropy(const Problem& p, const Row& row, const Values& student, 
   for (size_t i = 0; i < student.size(); ++i) {
     const double q = std::exp(h.values[i]), hit = static_cast<int64_t>(i) == row.label ? 1 - e : 0;
     a.gradient[i] += weight * (q * pull - e / columns - hit);
-    a.magnitude[i] += weight * (weighted(q, 1 + std::abs(finite(h.values[i]))) * std::abs(pull) * 2 + e / columns + hit);
+    a.magnitude[i] +=
+        weight * (weighted(q, 1 + std::abs(finite(h.values[i]))) * std::abs(pull) * 2 + e / columns + hit);
   }
 }
 

@@ -152,7 +152,8 @@ void check_stats(const Problem& p, const Result& r, int64_t n, const Answer& a, 
   const double scale = a.loss_magnitude + 20;
   const char* names[] = {"kd", "ce", "student_entropy", "teacher_entropy", "agreement"};
   for (int i = 0; i < 5; ++i)
-    report.check(names[i], n, 0, r.stats[static_cast<size_t>(i * p.rows + n)], expected[i], 4 * kTolerance * kEps * scale);
+    report.check(names[i], n, 0, r.stats[static_cast<size_t>(i * p.rows + n)], expected[i],
+                 4 * kTolerance * kEps * scale);
 }
 
 void compare(const Problem& p, Data& d, const Result& r, Report& report) {
@@ -169,7 +170,8 @@ void compare(const Problem& p, Data& d, const Result& r, Report& report) {
   if (p.reduction != fastkd::Reduction::none)
     report.check("loss", 0, 0, r.loss[0], total / denominator, kTolerance * kEps * magnitude / denominator);
   const GuardedRows& gradient = p.in_place ? d.student : d.gradient;
-  const bool rescaled = p.upstream != 1 || (p.student_dtype == DType::float16 && p.reduction == fastkd::Reduction::mean);
+  const bool rescaled =
+      p.upstream != 1 || (p.student_dtype == DType::float16 && p.reduction == fastkd::Reduction::mean);
   const double roundings = rescaled ? 2.05 : 1.02;
   for (int64_t n = 0; n < p.rows; ++n) {
     const Answer& a = answers[static_cast<size_t>(n)];
@@ -205,7 +207,8 @@ void check_refusals(const Problem& p, Report& report, const fastkd::Executor& ex
   d.temperatures[static_cast<size_t>(last)] = -1;
   call = call_of(p, d, r);
   call.params.temperatures = d.temperatures.data();
-  report.require(fastkd::run_loss_cpu(call, executor).code == fastkd::Status::bad_temperature, "temperature -1 was not refused");
+  report.require(fastkd::run_loss_cpu(call, executor).code == fastkd::Status::bad_temperature,
+                 "temperature -1 was not refused");
 }
 
 }  // namespace
