@@ -1,0 +1,67 @@
+"""The measuring process: takes one job as JSON on the command line, prints one JSON object a line.
+
+A process of its own gives a provider its own allocator settings and a clean high-water mark of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+
+from .measure import WrongResult, check, percentiles, provider_memory, time_in_turns
+from .providers import PROVIDERS, Problem, Provider
+
+
+def _say(**message: Any) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def _usable(names: list[str], problem: Problem) -> list[Provider]:
+    """The providers that can run and are right; says why of the others, and the error of these."""
+    usable = []
+    for name in names:
+        provider = PROVIDERS[name]
+        missing = provider.missing(problem)
+        if missing:
+            _say(provider=name, missing=missing)
+            continue
+        start = time.perf_counter()
+        try:
+            error = check(provider, problem) if provider.checked else None
+        except WrongResult as wrong:
+            _say(provider=name, wrong=str(wrong))
+            continue
+        _say(provider=name, error=error, first_run_seconds=time.perf_counter() - start)
+        usable.append(provider)
+    return usable
+
+
+def _time(job: dict[str, Any], problem: Problem) -> None:
+    seconds: dict[str, list[float]] = {}
+    usable = _usable(job["providers"], problem)
+    for name, elapsed in time_in_turns(usable, problem, job["rounds"], job["cold"], job.get("repeats", 1)):
+        seconds.setdefault(name, []).append(elapsed)
+        _say(tick=name)
+    for name, values in seconds.items():
+        _say(provider=name, **percentiles(values), moves=PROVIDERS[name].moves)
+
+
+def main(argv: list[str]) -> int:
+    """Run one job: the fields of jobs.Job, and kind: "time" or "memory"."""
+    job = json.loads(argv[0])
+    torch.set_num_threads(job["threads"])
+    problem = Problem(job["rows"], job["vocab"], getattr(torch, job["dtype"]), job["temperature"], job["divergence"])
+    if job["kind"] == "memory":
+        (name,) = job["providers"]
+        _say(provider=name, peak=provider_memory(PROVIDERS[name], problem))
+    else:
+        _time(job, problem)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
