@@ -114,16 +114,31 @@ def test_a_folder_with_a_run_is_not_written_over(world: Path, tmp_path: Path) ->
 
 
 def test_full_disk(world: Path, tmp_path: Path, monkeypatch) -> None:
-    """Free space just below what the run then really writes at most is refused, and ample space is not."""
-    written = distill(make_config(world, tmp_path / "a", select="best", checkpoint_every=4, keep_checkpoints=2))
-    size = sum(f.stat().st_size for f in written.student_path.parent.rglob("*") if f.is_file())
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=size))
-    config = make_config(world, tmp_path / "b", select="best", checkpoint_every=4, keep_checkpoints=2)
+    """The prediction covers what a run writes without being far above it, and one byte less than it is refused."""
+    changes = {"select": "best", "checkpoint_every": 4, "keep_checkpoints": 2, "teacher__cache_hidden": True}
+    sizes = []
+    real = preflight.predicted_sizes
+    monkeypatch.setattr(preflight, "predicted_sizes", lambda *a: sizes.append(real(*a)) or sizes[-1])
+    out = distill(make_config(world, tmp_path / "a", **changes)).student_path.parent
+    written = {name: folder_size(out / name) for name in ("checkpoints", "student", "teacher_hidden")}
+    (predicted,) = sizes
+    assert (
+        predicted["teacher's hidden states"] <= written["teacher_hidden"] < predicted["teacher's hidden states"] + 2000
+    )
+    assert predicted["final student"] <= written["student"] < predicted["final student"] + 100_000
+    # Two whole ones are left and a third is being written at the worst moment.
+    assert written["checkpoints"] < predicted["checkpoints"] < 1.6 * written["checkpoints"]
+
+    usage, needed = shutil.disk_usage(tmp_path), sum(predicted.values())
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(ValueError, match=r"MB free and the run needs .* MB more \(checkpoints .* final student"):
-        distill(config)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=size + 64_000_000))
-    distill(config)
+        distill(make_config(world, tmp_path / "b", **changes))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    distill(make_config(world, tmp_path / "b", **changes))
+
+
+def folder_size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
 def test_output_that_cannot_be_made(world: Path, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def assert_same(out: Path, reference: Path) -> None:
 def test_two_whole_runs_are_the_same(world: Path, uninterrupted: tuple[Path, int], tmp_path: Path) -> None:
     finish(world, tmp_path / "out")
     assert_same(tmp_path / "out", uninterrupted[0])
+    finish(world, tmp_path / "out")  # resumed when nothing is left to do
+    assert_same(tmp_path / "out", uninterrupted[0])
 
 
 @pytest.mark.parametrize("part", range(20))

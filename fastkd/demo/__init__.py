@@ -11,7 +11,7 @@ def main(argv: Sequence[str]) -> int:
     """Run ``fastkd demo``; the exit status: 0 done, 1 an error that was explained."""
     parser = argparse.ArgumentParser(prog="fastkd demo", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="the same path with very little text, under 90 s")
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of the results (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the results (%(default)s)")
     parser.add_argument("--cache", type=Path, default=Path(".data"), help="folder of teacher and text (%(default)s)")
     parser.add_argument("--minutes", type=float, default=9.0, help="time to aim at (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="choice and order of the rows (%(default)s)")

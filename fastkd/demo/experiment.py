@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,11 +73,13 @@ def make_splits(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, plan: Plan, 
     """
 
     def rows_of(documents: list[str], count: int) -> Rows:
-        ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+        # Rows come from as many documents as possible, so that many documents are enough, and a few to spare for
+        # those that are too short.
+        chosen = random.Random(seed).sample(documents, min(len(documents), count + count // 4 + 4))
+        ids = tokenizer(chosen, add_special_tokens=False, verbose=False)["input_ids"]
         packed = pack([torch.tensor(i, dtype=torch.int64) for i in ids], plan.seq_len, False, None)
         if len(packed) < count:
             raise ValueError(f"the text gives {len(packed)} rows of {plan.seq_len} tokens where {count} are needed")
-        # A document's later rows depend on its earlier ones, so rows are taken from as many documents as there are.
         return take_in_turn(packed, count, seed)
 
     train, dev, test = corpus.split()

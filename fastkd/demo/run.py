@@ -151,7 +151,7 @@ def show(
     console.print("\n[bold]what was learnt[/]")
     for sentence in sentences:
         console.print(f"- {sentence}", markup=False)
-    console.print("- The teacher may have seen this text before; held-out is only what this demo did not train on.")
+    console.print("Note: the teacher may have seen this text before; held-out is only what this demo did not train on.")
     show_samples(experiment, [base[1], *regimes[0].models.values()], console)
 
     by_regime = {r.key: differences(r.models["kd"].test, r.models["hard"].test, document) for r in regimes}

@@ -6,6 +6,7 @@ Everything that can fail for a reason the user controls fails in `prepare`, befo
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ def train(run: Run, progress: Progress, console: Console) -> Outcome:
     if restored:
         console.print(f"resumed after step {first} of {run.total_steps}", highlight=False)
     else:
+        files.remove_folder(run.out / "student")
         best = evaluate_and_log(run, 0, best, log, console)
 
     task = progress.add_task("distilling", total=run.total_steps, completed=first, loss="", speed="")
@@ -175,7 +177,7 @@ def train_step(run: Run, step: int, logged: bool) -> dict[str, Any]:
     if not logged:
         return {}
     mean_loss, kd, ce = sums.tolist()
-    if not mean_loss - mean_loss == 0:
+    if not math.isfinite(mean_loss):
         raise RuntimeError(f"the loss is {mean_loss} at step {step}; lower optim.lr, or use precision=fp32")
     # With hard labels alone there is no second model, and its divergence from itself says nothing.
     divergence = kd if run.config.loss.kd_weight != 0 else None
@@ -237,15 +239,16 @@ def finish(run: Run, best: dict[str, Any]) -> Outcome:
 
     step, held_out = run.total_steps, best.get("last")
     if run.config.select == "best":
-        load_model_tensors(run.student, run.out / "best.safetensors")
         step, held_out = best["step"], best["held_out"]
-    student = run.student.eval().requires_grad_(True)
 
     def fill(folder: Path) -> None:
-        student.save_pretrained(folder)
+        if run.config.select == "best":
+            load_model_tensors(run.student, run.out / "best.safetensors")
+        run.student.eval().requires_grad_(True).save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
 
-    files.write_folder(run.out / "student", fill)
+    if not (run.out / "student").exists():  # a run that is resumed at its very end may have saved it already
+        files.write_folder(run.out / "student", fill)
     (run.out / "best.safetensors").unlink(missing_ok=True)
     metrics_path = run.out / "metrics.jsonl"
     plot_metrics(
