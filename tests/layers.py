@@ -1,4 +1,4 @@
-"""Who may include and import what (DESIGN §3), as functions of a source tree, so that planted trees can be checked too."""
+"""Who may include and import what (DESIGN §3), as functions of a tree, so that planted trees can be checked too."""
 
 from __future__ import annotations
 

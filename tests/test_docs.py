@@ -1,4 +1,4 @@
-"""README and CHANGELOG: their Python runs, their links resolve, their commands exist, their version is the package's."""
+"""README and CHANGELOG: their Python runs, their links resolve, their commands exist, their version is right."""
 
 from __future__ import annotations
 
