@@ -167,7 +167,8 @@ def _cross_entropy(s: np.ndarray, labels: np.ndarray, smoothing: float, z_loss: 
     uniform = s.sum(-1) / vocab if smoothing else np.zeros_like(lse)
     uniform_size = np.abs(s).sum(-1) / vocab if smoothing else np.zeros_like(lse)
     value = lse - (1 - smoothing) * s[rows, labels] - smoothing * uniform + z_loss * lse**2
-    size = np.abs(lse) + 1 + (1 - smoothing) * np.abs(s[rows, labels]) + smoothing * uniform_size + 2 * z_loss * lse**2
+    size = np.abs(lse) + 1 + (1 - smoothing) * np.abs(s[rows, labels]) + 2 * z_loss * lse**2
+    size += 4 * smoothing * uniform_size  # a sum of V numbers of one sign, added up one after the other
     pull = 1 + 2 * z_loss * lse[:, None]
     gradient = h * pull - smoothing / vocab
     gradient[rows, labels] -= 1 - smoothing
