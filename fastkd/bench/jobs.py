@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fastkd.divergence import SPECS
@@ -18,7 +18,11 @@ WARM_ALLOCATOR = {
     "MALLOC_TOP_PAD_": str(WARM_BYTES),
     "MALLOC_TRIM_THRESHOLD_": str(WARM_BYTES),
 }
-MAIN = ["copy", "naive", "compile", "liger", "fastkd", "fastkd-inplace", "fastkd-value"]
+MAIN = [
+    "copy", "naive", "naive-warm", "compile", "trl", "torchtune", "liger", "fastkd", "fastkd-inplace", "fastkd-value",
+]  # fmt: skip
+# the first run of a compiled provider shows what compiling costs, whatever was compiled before
+ENVIRONMENT = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 OURS = ["copy", "fastkd", "fastkd-inplace", "fastkd-value"]
 
 
@@ -26,6 +30,7 @@ OURS = ["copy", "fastkd", "fastkd-inplace", "fastkd-value"]
 class Job:
     """One shape, dtype and divergence with the providers that take turns on it."""
 
+    preset: str
     rows: int
     vocab: int
     dtype: str
@@ -34,31 +39,39 @@ class Job:
     rounds: int
     temperature: float = 2.0
     divergence: str = "forward_kl"
-    cold: bool = True  # touch 64 MiB between runs
+    cold: bool = True  # evict the inputs from the caches between runs
     repeats: int = 1  # runs that one timing averages
     memory: bool = True
     extra_environment: dict[str, str] = field(default_factory=dict)
 
 
 def default_jobs(arguments: Any) -> list[Job]:
+    """One shape; naive-warm in a process of its own, since the allocator's settings are the process's."""
+    wanted = arguments.providers or MAIN
     jobs = []
     for dtype in arguments.dtype:
-        common = {"threads": arguments.threads, "rounds": arguments.rounds, "temperature": arguments.temperature}
-        shape = (arguments.rows, arguments.vocab, dtype)
-        providers = arguments.providers or MAIN
-        jobs.append(Job(*shape, providers, divergence=arguments.divergence, **common))
-        if arguments.providers is None and arguments.divergence == "forward_kl":
-            jobs.append(Job(*shape, ["naive-warm"], extra_environment=WARM_ALLOCATOR, memory=False, **common))
+        job = Job(
+            "default", arguments.rows, arguments.vocab, dtype, [name for name in wanted if name != "naive-warm"],
+            arguments.threads, arguments.rounds, arguments.temperature, arguments.divergence,
+        )  # fmt: skip
+        if job.providers:
+            jobs.append(job)
+        if "naive-warm" in wanted:
+            jobs.append(replace(job, providers=["naive-warm"], memory=False, extra_environment=WARM_ALLOCATOR))
     return jobs
+
+
+def _ours(arguments: Any, preset: str, rows: int, vocab: int, dtype: str, **fields: Any) -> Job:
+    common = {"threads": arguments.threads, "rounds": arguments.rounds, "temperature": arguments.temperature}
+    return Job(preset, rows, vocab, dtype, **{"providers": OURS, "memory": False, **common, **fields})
 
 
 def divergence_jobs(arguments: Any) -> list[Job]:
     return [
-        Job(arguments.rows, arguments.vocab, dtype, OURS, arguments.threads, arguments.rounds,
-            arguments.temperature, divergence, memory=False)
+        _ours(arguments, "divergences", arguments.rows, arguments.vocab, dtype, divergence=divergence)
         for dtype in arguments.dtype
         for divergence in SPECS
-    ]  # fmt: skip
+    ]
 
 
 def vocab_jobs(arguments: Any) -> list[Job]:
@@ -66,12 +79,12 @@ def vocab_jobs(arguments: Any) -> list[Job]:
     elements = arguments.rows * arguments.vocab
     jobs = []
     for dtype in arguments.dtype:
-        for vocab in (32000, 128256, 262144, 1 << 20):
-            rows = max(1, elements // vocab)
-            jobs.append(Job(rows, vocab, dtype, OURS, arguments.threads, arguments.rounds, arguments.temperature,
-                            memory=False))  # fmt: skip
         jobs += [
-            Job(1, 1 << 20, dtype, OURS, threads, 3 * arguments.rounds, arguments.temperature, memory=False)
+            _ours(arguments, "vocab", max(1, elements // vocab), vocab, dtype)
+            for vocab in (32000, 128256, 262144, 1 << 20)
+        ]
+        jobs += [
+            _ours(arguments, "vocab", 1, 1 << 20, dtype, threads=threads, rounds=3 * arguments.rounds)
             for threads in (1, arguments.threads)
         ]
     return jobs
@@ -83,9 +96,9 @@ def grid_jobs(arguments: Any) -> list[Job]:
     for rows in (1, 32, 4096):
         for vocab in (10, 1000, 32000):
             small = rows * vocab < 1 << 20
-            jobs.append(Job(rows, vocab, "float32", ["naive", "fastkd"], arguments.threads,
-                            3 * arguments.rounds if small else 3, arguments.temperature, cold=False,
-                            repeats=50 if small else 1, memory=False))  # fmt: skip
+            rounds = 3 * arguments.rounds if small else max(3, arguments.rounds // 3)
+            jobs.append(_ours(arguments, "grid", rows, vocab, "float32", providers=["naive", "fastkd"], rounds=rounds,
+                              cold=False, repeats=50 if small else 1))  # fmt: skip
     return jobs
 
 
@@ -99,7 +112,7 @@ PRESETS: dict[str, Callable[[Any], list[Job]]] = {
 
 def _messages(job: Job, kind: str, providers: list[str]) -> Iterable[dict[str, Any]]:
     request = {**asdict(job), "kind": kind, "providers": providers}
-    environment = {**os.environ, **job.extra_environment, "OMP_NUM_THREADS": str(job.threads)}
+    environment = {**os.environ, **ENVIRONMENT, **job.extra_environment, "OMP_NUM_THREADS": str(job.threads)}
     process = subprocess.Popen(
         [sys.executable, "-m", "fastkd.bench.worker", json.dumps(request)],
         stdout=subprocess.PIPE,
@@ -111,23 +124,36 @@ def _messages(job: Job, kind: str, providers: list[str]) -> Iterable[dict[str, A
         if line.startswith("{"):
             yield json.loads(line)
     if process.wait() != 0:
-        raise RuntimeError(f"the measuring process of {job.rows} x {job.vocab} {job.dtype} failed; its error is above")
+        raise MeasuringFailed(f"its measuring process ended with status {process.returncode}; the error is above")
+
+
+class MeasuringFailed(RuntimeError):
+    """The process that measures a job did not end well."""
+
+
+def _measure_memory(job: Job, results: dict[str, dict[str, Any]], tick: Callable[[str], None]) -> None:
+    """Adds the peak of every timed provider but the copy, each in a process of its own."""
+    for name, result in results.items():
+        if job.memory and "p50" in result and name != "copy":
+            tick(f"{name}, memory")
+            for message in _messages(job, "memory", [name]):
+                result.update(message)
 
 
 def run_job(job: Job, tick: Callable[[str], None]) -> list[dict[str, Any]]:
     """One result a provider: the job's fields, and p20/p50/p80 in seconds, error, peak bytes, or why there are none."""
     results: dict[str, dict[str, Any]] = {name: {"provider": name} for name in job.providers}
-    for message in _messages(job, "time", job.providers):
-        if "tick" in message:
-            tick(message["tick"])
-        else:
-            results[message["provider"]].update(message)
-    if job.memory:
-        for name, result in results.items():
-            if "p50" in result and name != "copy":
-                tick(f"{name} memory")
-                for message in _messages(job, "memory", [name]):
-                    result.update(message)
+    try:
+        for message in _messages(job, "time", job.providers):
+            if "tick" in message:
+                tick(message["tick"])
+            else:
+                results[message["provider"]].update(message)
+        _measure_memory(job, results, tick)
+    except MeasuringFailed as error:
+        for result in results.values():
+            if "p50" not in result and "missing" not in result:
+                result.setdefault("wrong", f"{result['provider']}: {error}")
     fields = {key: value for key, value in asdict(job).items() if key not in ("providers", "extra_environment")}
     note = "warm allocator" if job.extra_environment else "allocator as it comes"
     return [{**fields, "allocator": note, **result} for result in results.values()]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ class Problem:
     student_logits: Tensor = field(init=False)
     teacher_logits: Tensor = field(init=False)
     labels: Tensor = field(init=False)
+    scratch: dict[str, Any] = field(init=False, default_factory=dict)  # what a provider keeps from run to run
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -47,7 +49,6 @@ class Provider:
     name: str
     run: Callable[[Problem], tuple[Tensor, Tensor | None]]
     moves: int  # N x V tensors that the task must move at least: 3 for loss and gradient, 2 for the value or a copy
-    note: str
     prepare: Callable[[Problem], None] = lambda problem: None
     missing: Callable[[Problem], str] = lambda problem: ""  # why it cannot run; "" if it can
     checked: bool = True
@@ -76,11 +77,10 @@ def _naive(problem: Problem) -> tuple[Tensor, Tensor | None]:
     return _backward(problem, loss)
 
 
-_compiled: dict[int, Callable] = {}
-
-
 def _compile(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    compiled = _compiled.setdefault(id(problem), torch.compile(naive_loss, dynamic=False))
+    if "compiled" not in problem.scratch:
+        problem.scratch["compiled"] = torch.compile(naive_loss, dynamic=False)
+    compiled = problem.scratch["compiled"]
     loss = compiled(problem.student_logits, problem.teacher_logits, problem.labels, problem.temperature)
     return _backward(problem, loss)
 
@@ -102,23 +102,19 @@ class _Head(torch.autograd.Function):
         return None, None
 
 
-_inplace_logits: dict[int, Tensor] = {}
-
-
 def _refill(problem: Problem) -> None:
     """In place, the logits of the previous run are gone: fill their memory again."""
-    buffer = _inplace_logits.get(id(problem))
-    if buffer is None:
-        buffer = _inplace_logits[id(problem)] = torch.empty_like(problem.student_logits, requires_grad=False)
-    buffer.copy_(problem.student_logits.detach())
+    if "logits" not in problem.scratch:
+        problem.scratch["logits"] = torch.empty_like(problem.student_logits, requires_grad=False)
+    problem.scratch["logits"].copy_(problem.student_logits.detach())
 
 
 def _run_inplace(problem: Problem) -> tuple[Tensor, Tensor | None]:
     trigger = torch.zeros((), requires_grad=True)
-    logits = _Head.apply(trigger, _inplace_logits[id(problem)])
+    logits = _Head.apply(trigger, problem.scratch["logits"])
     loss = kd_loss(logits, problem.teacher_logits, problem.labels, inplace=True, **problem.options())
     loss.backward()
-    return loss.detach(), _inplace_logits[id(problem)]
+    return loss.detach(), problem.scratch["logits"]
 
 
 @torch.no_grad()
@@ -127,32 +123,18 @@ def _value(problem: Problem) -> tuple[Tensor, Tensor | None]:
     return loss, None
 
 
-_copies: dict[int, Tensor] = {}
-
-
 def _copy(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    target = _copies.get(id(problem))
-    if target is None:
-        target = _copies[id(problem)] = torch.empty_like(problem.teacher_logits)
-    return target.copy_(problem.teacher_logits), None
+    if "copy" not in problem.scratch:
+        problem.scratch["copy"] = torch.empty_like(problem.teacher_logits)
+    return problem.scratch["copy"].copy_(problem.teacher_logits), None
 
 
-def _only_forward_kl(problem: Problem) -> str:
-    return "" if problem.divergence == "forward_kl" else f"the naive loss here is forward_kl, not {problem.divergence}"
-
-
-def _needs(module: str, device: str) -> Callable[[Problem], str]:
-    def missing(problem: Problem) -> str:
-        if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed"
-        if problem.student_logits.device.type != device:
-            return f"its kernels need {device}"
-        return _only_forward_kl(problem)
-
-    return missing
+def _cross_entropy(problem: Problem) -> Tensor:
+    return CE_WEIGHT * F.cross_entropy(problem.student_logits, problem.labels)
 
 
 def _liger(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """Liger's kernels take log-probabilities of the student; the softmax before them is part of the task."""
     from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
 
     t = problem.temperature
@@ -162,16 +144,59 @@ def _liger(problem: Problem) -> tuple[Tensor, Tensor | None]:
     return _backward(problem, t**2 * kd + CE_WEIGHT * ce)
 
 
+# divergence -> beta of TRL's generalized_jsd_loss: the teacher's weight in the mixture, its ends the two KLs
+TRL_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
+
+
+def _trl(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """TRL's loss has neither T² nor a hard part: both are added."""
+    from trl.experimental.gkd import GKDTrainer
+
+    t, beta = problem.temperature, TRL_BETA[problem.divergence]
+    one_sequence = (problem.student_logits[None], problem.teacher_logits[None], problem.labels[None])
+    kd = GKDTrainer.generalized_jsd_loss(*one_sequence, beta=beta, temperature=t)
+    return _backward(problem, t**2 * kd + _cross_entropy(problem))
+
+
+def _torchtune(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """torchtune's loss has no T and leaves out the teacher's entropy: both are added."""
+    from torchtune.modules.loss import ForwardKLLoss
+
+    t = problem.temperature
+    teacher = problem.teacher_logits / t
+    lp = F.log_softmax(teacher, -1, dtype=torch.float32)
+    entropy = -(lp.exp() * lp).sum(-1).mean()
+    kd = ForwardKLLoss()(problem.student_logits / t, teacher, problem.labels) - entropy
+    return _backward(problem, t**2 * kd + _cross_entropy(problem))
+
+
+def _only_forward_kl(problem: Problem) -> str:
+    return "" if problem.divergence == "forward_kl" else f"computes forward_kl, not {problem.divergence}"
+
+
+def _needs(module: str, divergences: Iterable[str] = ("forward_kl",), device: str = "") -> Callable[[Problem], str]:
+    def missing(problem: Problem) -> str:
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+        if device not in ("", problem.student_logits.device.type):
+            return f"its kernels need {device}"
+        return "" if problem.divergence in divergences else f"has no {problem.divergence}"
+
+    return missing
+
+
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("copy", _copy, 2, "one N x V tensor copied: the bandwidth", checked=False),
-        Provider("naive", _naive, 3, "PyTorch, allocator as it comes", missing=_only_forward_kl),
-        Provider("naive-warm", _naive, 3, "PyTorch, allocator kept warm", missing=_only_forward_kl),
-        Provider("compile", _compile, 3, "torch.compile of naive", missing=_only_forward_kl),
-        Provider("liger", _liger, 3, "Liger kernels", missing=_needs("liger_kernel", "cuda")),
-        Provider("fastkd", _fastkd, 3, "fresh gradient"),
-        Provider("fastkd-inplace", _run_inplace, 3, "gradient over the logits", prepare=_refill),
-        Provider("fastkd-value", _value, 2, "value alone, no_grad"),
+        Provider("copy", _copy, 2, checked=False),  # of one N x V tensor: the bandwidth
+        Provider("naive", _naive, 3, missing=_only_forward_kl),
+        Provider("naive-warm", _naive, 3, missing=_only_forward_kl),  # in a process that keeps freed memory
+        Provider("compile", _compile, 3, missing=_only_forward_kl),
+        Provider("trl", _trl, 3, missing=_needs("trl", TRL_BETA)),
+        Provider("torchtune", _torchtune, 3, missing=_needs("torchtune")),
+        Provider("liger", _liger, 3, missing=_needs("liger_kernel", device="cuda")),
+        Provider("fastkd", _fastkd, 3),  # a fresh gradient
+        Provider("fastkd-inplace", _run_inplace, 3, prepare=_refill),  # the gradient over the logits
+        Provider("fastkd-value", _value, 2),  # no gradient
     )
 }

@@ -1,9 +1,11 @@
-"""Results as tables of at most 100 columns, as CSV, and against the project's targets."""
+"""What surrounds the results: rates, the machine, the CSV."""
 
 from __future__ import annotations
 
 import csv
 import datetime
+import functools
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -12,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import fastkd
 from fastkd.ops import cpu_isa
@@ -33,19 +34,25 @@ def cpu_model() -> str:
 
 
 def _commit() -> str:
+    """Of the checkout that this file is tracked in, "-dirty" where it has changes; blank for an installed package."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
     try:
-        root = Path(__file__).parent
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    except OSError:
+        return git("describe", "--always", "--dirty") if git("ls-files", Path(__file__).name) else ""
+    except OSError:  # no git
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
     """What a figure depends on besides the code."""
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_model(),
+        "cores": os.cpu_count(),
         "isa": cpu_isa(),
         "torch": torch.__version__,
         "fastkd": fastkd.__version__,
@@ -54,22 +61,27 @@ def machine() -> dict[str, Any]:
     }
 
 
+# results that agree in these belong to one table and were measured one after the other
+GROUP = ("preset", "rows", "vocab", "dtype", "divergence", "threads")
+
+
 def add_rates(results: Sequence[Result]) -> None:
-    """GB/s for the bytes that the task must move, and the share of the copy's rate in the same job."""
-    for result in results:
-        if "p50" in result:
-            result["bytes"] = result["moves"] * result["rows"] * result["vocab"] * BYTES[result["dtype"]]
-            result["gb_per_s"] = result["bytes"] / result["p50"] / 1e9
-    for result in results:
-        copy = find(results, provider="copy", **{k: result[k] for k in _SAME})
-        naive = find(results, provider="naive", **{k: result[k] for k in _SAME})
-        if "p50" in result and copy:
+    """GB/s for the bytes that the task must move, its share of the copy's rate and its ratio to naive, of one group;
+    the peak in units of one N x V tensor of the logits' dtype."""
+    timed = [result for result in results if "p50" in result]
+    for result in timed:
+        unit = result["rows"] * result["vocab"] * BYTES[result["dtype"]]
+        result["bytes"] = result["moves"] * unit
+        result["gb_per_s"] = result["bytes"] / result["p50"] / 1e9
+        if "peak" in result:
+            result["peak_nv"] = result["peak"] / unit
+    for result in timed:
+        group = {key: result[key] for key in GROUP}
+        copy, naive = find(timed, provider="copy", **group), find(timed, provider="naive", **group)
+        if copy:
             result["share_of_copy"] = result["gb_per_s"] / copy["gb_per_s"]
-        if "p50" in result and naive:
+        if naive and result["moves"] == 3:  # the same task: loss and gradient
             result["times_naive"] = naive["p50"] / result["p50"]
-
-
-_SAME = ("rows", "vocab", "dtype", "divergence", "threads")
 
 
 def find(results: Sequence[Result], **fields: Any) -> Result | None:
@@ -80,39 +92,6 @@ def find(results: Sequence[Result], **fields: Any) -> Result | None:
     return None
 
 
-def _cell(result: Result, key: str, pattern: str) -> str:
-    return pattern.format(result[key]) if result.get(key) is not None else ""
-
-
-def _row(result: Result) -> list[str]:
-    if "p50" not in result:
-        return [result["provider"], f"[dim]{result.get('missing') or result.get('wrong') or 'not run'}[/dim]"]
-    unit = result["rows"] * result["vocab"] * BYTES[result["dtype"]]
-    peak = f"{result['peak'] / unit:.2f}" if "peak" in result else ""
-    spread = f"{result['p20'] * 1e3:.3g} – {result['p80'] * 1e3:.3g}"
-    return [
-        result["provider"], f"{result['p50'] * 1e3:.4g}", spread, _cell(result, "times_naive", "{:.1f}×"), peak,
-        _cell(result, "gb_per_s", "{:.1f}"), _cell(result, "share_of_copy", "{:.0%}"), _cell(result, "error", "{:.0e}"),
-    ]  # fmt: skip
-
-
-def tables(results: Sequence[Result]) -> list[Table]:
-    """One table a job."""
-    built = []
-    groups: dict[tuple, list[Result]] = {}
-    for result in results:
-        groups.setdefault(tuple(result[key] for key in _SAME), []).append(result)
-    for (rows, vocab, dtype, divergence, threads), group in groups.items():
-        table = Table(title=f"{rows} × {vocab} {dtype}, {divergence}, {threads} threads", title_justify="left")
-        table.add_column("provider", no_wrap=True)
-        for name in ("p50 ms", "p20 – p80", "× naive", "peak N·V", "GB/s", "of copy", "error"):
-            table.add_column(name, justify="right")
-        for result in group:
-            table.add_row(*_row(result))
-        built.append(table)
-    return built
-
-
 def console() -> Console:
     """Never wider than 100 columns, also where the terminal is."""
     plain = Console()
@@ -120,9 +99,10 @@ def console() -> Console:
 
 
 COLUMNS = (
-    "provider", "rows", "vocab", "dtype", "divergence", "temperature", "threads", "allocator", "cold", "p20", "p50",
-    "p80", "times_naive", "bytes", "gb_per_s", "share_of_copy", "peak", "error", "first_run_seconds", "rounds",
-    "repeats", "missing", "wrong", "date", "cpu", "isa", "torch", "fastkd", "python", "commit",
+    "preset", "provider", "rows", "vocab", "dtype", "divergence", "temperature", "threads", "allocator", "cold",
+    "rounds", "repeats", "p20", "p50", "p80", "times_naive", "bytes", "gb_per_s", "share_of_copy", "peak", "peak_nv",
+    "error", "first_run_seconds", "missing", "wrong", "date", "cpu", "cores", "isa", "torch", "fastkd", "python",
+    "commit",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from fastkd.divergence import SPECS
 
-from .report import BYTES, Result, find
+from .report import Result, find
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def _ratio(a: Result | None, b: Result | None) -> float | None:
 
 
 def _main(results: Sequence[Result], provider: str, dtype: str, **fields) -> Result | None:
-    shape = {"rows": 256, "vocab": 128256, "divergence": "forward_kl"}
+    shape = {"preset": "default", "rows": 256, "vocab": 128256, "divergence": "forward_kl"}
     return find(results, provider=provider, dtype=dtype, **{**shape, **fields})
 
 
@@ -44,28 +44,25 @@ def _share(dtype: str) -> Callable[[Sequence[Result]], float | None]:
 
 def _memory(provider: str, dtype: str) -> Callable[[Sequence[Result]], float | None]:
     def measure(results: Sequence[Result]) -> float | None:
-        result = _main(results, provider, dtype)
-        if not result or "peak" not in result:
-            return None
-        return result["peak"] / (result["rows"] * result["vocab"] * BYTES[dtype])
+        return (_main(results, provider, dtype) or {}).get("peak_nv")
 
     return measure
 
 
 def _worst_divergence(provider: str, dtype: str) -> Callable[[Sequence[Result]], float | None]:
     def measure(results: Sequence[Result]) -> float | None:
-        base = _main(results, provider, dtype)
-        others = [_main(results, provider, dtype, divergence=d) for d in SPECS]
-        return max(r["p50"] for r in others if r) / base["p50"] if base and all(others) else None
+        timed = [_main(results, provider, dtype, preset="divergences", divergence=d) for d in SPECS]
+        base = _main(results, provider, dtype, preset="divergences")
+        return max(r["p50"] for r in timed if r) / base["p50"] if base and all(timed) else None
 
     return measure
 
 
 def _long_row(provider: str, dtype: str) -> Callable[[Sequence[Result]], float | None]:
     def per_element(results: Sequence[Result], vocab: int) -> float | None:
-        found = [r for r in results if "p50" in r and r["provider"] == provider and r["dtype"] == dtype]
-        found = [r for r in found if r["vocab"] == vocab and r["rows"] > 1 and r["divergence"] == "forward_kl"]
-        return found[-1]["p50"] / (found[-1]["rows"] * vocab) if found else None
+        rows = 256 * 128256 // vocab
+        found = find(results, preset="vocab", provider=provider, dtype=dtype, rows=rows, vocab=vocab)
+        return found["p50"] / (rows * vocab) if found else None
 
     def measure(results: Sequence[Result]) -> float | None:
         long, usual = per_element(results, 1 << 20), per_element(results, 128256)
@@ -76,15 +73,15 @@ def _long_row(provider: str, dtype: str) -> Callable[[Sequence[Result]], float |
 
 def _two_threads(dtype: str) -> Callable[[Sequence[Result]], float | None]:
     def measure(results: Sequence[Result]) -> float | None:
-        row = {"provider": "fastkd", "dtype": dtype, "rows": 1, "vocab": 1 << 20}
+        row = {"preset": "vocab", "provider": "fastkd", "dtype": dtype, "rows": 1, "vocab": 1 << 20}
         return _ratio(find(results, threads=1, **row), find(results, threads=2, **row))
 
     return measure
 
 
 def _worst_of_grid(results: Sequence[Result]) -> float | None:
-    warm = [r for r in results if "p50" in r and not r["cold"] and r["provider"] == "fastkd"]
-    return min((r["times_naive"] for r in warm), default=None)
+    warm = [r for r in results if "p50" in r and r["preset"] == "grid" and r["provider"] == "fastkd"]
+    return min((r["times_naive"] for r in warm if "times_naive" in r), default=None)
 
 
 def all_targets() -> list[Target]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .measure import WrongResult, check, percentiles, provider_memory, time_in_turns
+from .check import WrongResult, check, reference
+from .measure import percentiles, provider_memory, time_in_turns
 from .providers import PROVIDERS, Problem, Provider
 
 
@@ -20,22 +21,40 @@ def _say(**message: Any) -> None:
     print(json.dumps(message), flush=True)
 
 
+def _first_run(provider: Provider, problem: Problem) -> tuple[Any, float, str]:
+    """(loss and gradient, seconds, why there are none). A provider that raises cannot run, except for ours: a bug."""
+    provider.prepare(problem)
+    start = time.perf_counter()
+    try:
+        result = provider.run(problem)
+    except Exception as error:
+        if provider.name.startswith("fastkd"):
+            raise
+        lines = str(error).strip().splitlines()
+        return None, 0.0, f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
+    return result, time.perf_counter() - start, ""
+
+
 def _usable(names: list[str], problem: Problem) -> list[Provider]:
     """The providers that can run and are right; says why of the others, and the error of these."""
     usable = []
+    expected = reference(problem) if any(PROVIDERS[name].checked for name in names) else None
     for name in names:
         provider = PROVIDERS[name]
         missing = provider.missing(problem)
+        if not missing:
+            _say(tick=f"{name}, check")
+            problem.student_logits.grad = None
+            result, seconds, missing = _first_run(provider, problem)
         if missing:
             _say(provider=name, missing=missing)
             continue
-        start = time.perf_counter()
         try:
-            error = check(provider, problem) if provider.checked else None
+            error = check(provider, problem, expected, *result) if provider.checked and expected else None
         except WrongResult as wrong:
             _say(provider=name, wrong=str(wrong))
             continue
-        _say(provider=name, error=error, first_run_seconds=time.perf_counter() - start)
+        _say(provider=name, error=error, first_run_seconds=seconds)
         usable.append(provider)
     return usable
 
