@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from inputs import BF16, FP16, FP32, LAYOUTS, REGIMES, Case, make_inputs, reference_of, run_backend
 from reference import DIVERGENCES
@@ -47,6 +47,8 @@ def problems(draw) -> tuple[Case, dict, int, bool]:
         "drawn", lead, vocab, draw(st.sampled_from(sorted(REGIMES))), draw(TEMPERATURES), draw(DTYPES), draw(DTYPES),
         layout, teacher_layout, draw(st.integers(max(1, vocab - 9), vocab + 9)) if truncate else None,
     )  # fmt: skip
+    # a divergence of 1e5 has gradients that fp16 cannot hold
+    assume(case.student_dtype != FP16 or case.regime not in ("huge", "two_levels"))
     masked = case.regime.startswith("masked")
     some = st.one_of(st.none(), st.floats(1.0, 50.0))
     options = {
