@@ -118,14 +118,16 @@ FASTKD_FN void first_sweep_of(Divergence d, Hard hard, const BlockView& b, Expon
 
 // sum of y over the first n columns (not padded), for label smoothing.
 float linear_sum(const float* logits, int n, Exponent<Vec> exponent) {
-  Vec sum(0.0f);
+  // All of one sign: several sums, so that none grows far above what is added to it.
+  constexpr int kSums = 4;
+  Vec sum[kSums] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum += exponent(Vec::load(logits + i));
+  for (; i + kLanes <= n; i += kLanes) sum[i / kLanes % kSums] += exponent(Vec::load(logits + i));
   float y[kLanes];
   float rest = 0;
   if (i < n) exponent(Vec::load(logits + i)).store(y);
   for (int j = i; j < n; ++j) rest += y[j - i];
-  return sum_lanes(sum) + rest;
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
 }
 
 // sum of 2^y y over n (padded) columns, for the entropy.
