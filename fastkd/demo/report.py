@@ -47,7 +47,7 @@ def result_table(base: list[Measured], regimes: list[Regime], document: Tensor, 
         title=f"{len(document)} test rows of {seq_len} tokens from {len(set(document.tolist()))} documents; "
         "± is 95 %, paired, by document",
         title_justify="left",
-        caption="KL, top-1: to the corrected teacher. tok/s: forward pass. MB: fp32 file. Students: best on dev rows.",
+        caption="KL, top-1: to the corrected teacher. tok/s: forward pass. MB: fp32. Students: best on dev rows.",
         caption_justify="left",
     )
     table.add_column("model", no_wrap=True)
