@@ -178,6 +178,21 @@ def _cross_entropy(s: np.ndarray, labels: np.ndarray, smoothing: float, z_loss: 
     return _Part(value, size, gradient, magnitude, np.zeros_like(gradient))
 
 
+def _nothing_like(part: _Part) -> _Part:
+    return _Part(*(np.zeros_like(x) for x in part))
+
+
+def _scaled_part(factor: np.ndarray, part: _Part) -> _Part:
+    """factor (R,) times a part; what has the factor 0 is left out: it may be infinite."""
+    if not factor.any():
+        return _nothing_like(part)
+    return _Part(*(x * (factor if x.ndim == 1 else factor[:, None]) for x in part))
+
+
+def _sum(a: _Part, b: _Part) -> _Part:
+    return _Part(*(x + y for x, y in zip(a, b)))
+
+
 def _softcap(x: np.ndarray, cap: float | None) -> tuple[np.ndarray, np.ndarray]:
     """Capped logits and the derivative of the cap."""
     if cap is None:
@@ -194,9 +209,25 @@ def _entropy(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _top1(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lowest index of the largest logit, and whether the next smaller logit is so close that fp32 may rank it first."""
+    if not len(x):
+        return np.zeros(0, int), np.zeros(0, bool)
     top = x.max(-1)
     below = np.where(x < top[:, None], x, -np.inf).max(-1)
     return x.argmax(-1), top - below <= 1e-5 * np.maximum(1, np.abs(top))
+
+
+def _statistics(s: np.ndarray, t: np.ndarray, temperature: np.ndarray, scatter: _Scatter) -> dict[str, np.ndarray]:
+    """The fields of Reference that depend on the (softcapped) logits alone."""
+    (student, student_size), (teacher, teacher_size) = (_entropy(log_softmax(x / temperature[:, None])) for x in (s, t))
+    (top_s, near_s), (top_t, near_t) = _top1(s), _top1(t)
+    return {
+        "student_entropy": scatter(student),
+        "teacher_entropy": scatter(teacher),
+        "student_entropy_magnitude": scatter(student_size),
+        "teacher_entropy_magnitude": scatter(teacher_size),
+        "top1_agreement": scatter((top_s == top_t).astype(float)),
+        "top1_unsure": scatter((near_s | near_t).astype(float)) > 0,
+    }
 
 
 def _per_row(value: object, rows: int, dtype: type) -> np.ndarray:
@@ -258,45 +289,29 @@ def reference(
 
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         kd = _distillation(s, t, divergence, dtype(beta), temp[:, None])
-        kd_factor = kd_weight * (temp**2 if scale_by_t2 else np.ones_like(temp))
-        ce = None
+        ce = _nothing_like(kd)
         if flat_labels is not None:
             ce = _cross_entropy(s, flat_labels[valid], dtype(label_smoothing), dtype(z_loss))
-        value, value_size = kd_factor * kd.value, kd_factor * kd.value_magnitude
-        gradient, size = kd_factor[:, None] * kd.gradient, kd_factor[:, None] * kd.gradient_magnitude
-        if ce is not None and ce_weight:
-            value, value_size = value + ce_weight * ce.value, value_size + ce_weight * ce.value_magnitude
-            gradient, size = gradient + ce_weight * ce.gradient, size + ce_weight * ce.gradient_magnitude
-        denominator = 1.0
-        if reduction == "mean":
-            denominator = w.sum() if num_items_in_batch is None else num_items_in_batch
-            denominator = 1.0 if denominator == 0 else denominator
-        outer = (w * up / denominator)[:, None]
-        # 1 - tanh^2 loses digits where it is small: its error is relative to 1, so the magnitude leaves it out
-        row_loss, row_size = scatter(w * value), scatter(np.abs(w) * value_size)
-        reduced = reduction != "none"
-        (entropy_s, entropy_s_size) = _entropy(log_softmax(s / temp[:, None]))
-        (entropy_t, entropy_t_size) = _entropy(log_softmax(t / temp[:, None]))
-    if len(s):
-        (top_s, near_s), (top_t, near_t) = _top1(s), _top1(t)
-    else:
-        top_s = top_t = np.zeros(0, int)
-        near_s = near_t = np.zeros(0, bool)
-    nothing = np.zeros_like(temp)
+        kd_factor = kd_weight * (temp**2 if scale_by_t2 else np.ones_like(temp))
+        total = _sum(_scaled_part(kd_factor, kd), _scaled_part(np.full_like(temp, ce_weight), ce))
+        statistics = _statistics(s, t, temp, scatter)
+    denominator = 1.0
+    if reduction == "mean":
+        denominator = w.sum() if num_items_in_batch is None else num_items_in_batch
+        denominator = 1.0 if denominator == 0 else denominator
+    row_loss, row_size = scatter(w * total.value), scatter(np.abs(w) * total.value_magnitude)
+    reduced = reduction != "none"
+    # 1 - tanh^2 loses digits where it is small: its error is relative to 1, so the magnitude leaves it out
+    outer = (w * up / denominator)[:, None]
     return Reference(
         loss=np.asarray(row_loss.sum() / denominator) if reduced else row_loss,
-        gradient=scatter(outer * cap_slope * gradient, columns),
+        gradient=scatter(outer * cap_slope * total.gradient, columns),
         kd=scatter(kd.value),
-        ce=scatter(nothing if ce is None else ce.value),
-        student_entropy=scatter(entropy_s),
-        teacher_entropy=scatter(entropy_t),
-        top1_agreement=scatter((top_s == top_t).astype(dtype)),
-        top1_unsure=scatter((near_s | near_t).astype(dtype)) > 0,
+        ce=scatter(ce.value),
         loss_magnitude=np.asarray(row_size.sum() / denominator) if reduced else row_size,
-        gradient_magnitude=scatter(np.abs(outer) * size, columns),
-        gradient_slack=scatter(np.abs(outer) * kd_factor[:, None] * kd.slack, columns),
+        gradient_magnitude=scatter(np.abs(outer) * total.gradient_magnitude, columns),
+        gradient_slack=scatter(np.abs(outer) * total.slack, columns),
         kd_magnitude=scatter(kd.value_magnitude),
-        ce_magnitude=scatter(nothing if ce is None else ce.value_magnitude),
-        student_entropy_magnitude=scatter(entropy_s_size),
-        teacher_entropy_magnitude=scatter(entropy_t_size),
+        ce_magnitude=scatter(ce.value_magnitude),
+        **statistics,
     )
