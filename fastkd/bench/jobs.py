@@ -95,10 +95,10 @@ def grid_jobs(arguments: Any) -> list[Job]:
     jobs = []
     for rows in (1, 32, 4096):
         for vocab in (10, 1000, 32000):
-            small = rows * vocab < 1 << 20
-            rounds = 3 * arguments.rounds if small else max(3, arguments.rounds // 3)
+            repeats = max(1, min(50, (1 << 19) // (rows * vocab)))
+            rounds = 3 * arguments.rounds if rows * vocab < 1 << 21 else max(3, arguments.rounds // 3)
             jobs.append(_ours(arguments, "grid", rows, vocab, "float32", providers=["naive", "fastkd"], rounds=rounds,
-                              cold=False, repeats=50 if small else 1))  # fmt: skip
+                              cold=False, repeats=repeats))  # fmt: skip
     return jobs
 
 
@@ -120,11 +120,16 @@ def _messages(job: Job, kind: str, providers: list[str]) -> Iterable[dict[str, A
         text=True,
     )
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("{"):
-            yield json.loads(line)
-    if process.wait() != 0:
-        raise MeasuringFailed(f"its measuring process ended with status {process.returncode}; the error is above")
+    try:
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        status = process.wait()
+    finally:  # also where the reader stops early: an interrupt must not leave it running
+        process.kill()
+        process.wait()
+    if status != 0:
+        raise MeasuringFailed(f"its measuring process ended with status {status}; the error is above")
 
 
 class MeasuringFailed(RuntimeError):

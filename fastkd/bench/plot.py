@@ -89,7 +89,8 @@ def _draw_panel(axis: Axes, dtype: str, group: list[Result]) -> None:
     axis.tick_params(labelsize=8)
     axis.margins(y=0.02)
     for place, result in enumerate(group):
+        median = f"{middle[place]:.0f}" if middle[place] >= 100 else f"{middle[place]:.3g}"
         ratio = f"   {result['times_naive']:.1f}× naive" if result.get("times_naive", 1) != 1 else ""
-        axis.text(result["p80"] * 1e3, place, f"  {result['p50'] * 1e3:.3g} ms{ratio}", va="center", fontsize=7)
+        axis.text(result["p80"] * 1e3, place, f"  {median} ms{ratio}", va="center", fontsize=7)
     axis.set_xlim(min(middle) / 3, max(middle) * 6)
     axis.spines[["top", "right"]].set_visible(False)

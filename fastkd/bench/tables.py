@@ -30,6 +30,13 @@ def _cell(result: Result | None, key: str, pattern: str, scale: float = 1.0) -> 
     return pattern.format(result[key] * scale) if result and result.get(key) is not None else ""
 
 
+def _spread(result: Result | None, scale: float) -> str:
+    """p20 – p80 to three figures, never in exponents."""
+    if not result or "p20" not in result:
+        return ""
+    return " – ".join(f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in (result["p20"] * scale, result["p80"] * scale))
+
+
 def _reason(result: Result) -> str:
     return result.get("wrong") or result.get("missing") or "not run"
 
@@ -49,7 +56,7 @@ def _full(results: Sequence[Result]) -> list[Table]:
                 notes.append(f"compile: {result['first_run_seconds']:.1f} s for its first run, compiling included")
             table.add_row(
                 result["provider"], _cell(result, "p50", "{:.4g}", 1e3),
-                _cell(result, "p20", "{:.3g} – ", 1e3) + _cell(result, "p80", "{:.3g}", 1e3),
+                _spread(result, 1e3),
                 _cell(result, "times_naive", "{:.1f}×"), _cell(result, "peak", "{:.0f}", 1e-6),
                 _cell(result, "peak_nv", "{:.2f}"), _cell(result, "gb_per_s", "{:.1f}"),
                 _cell(result, "share_of_copy", "{:.0%}"), _cell(result, "error", "{:.0e}"),
@@ -104,8 +111,7 @@ def _grid(results: Sequence[Result]) -> list[Table]:
         cells = []
         for provider in ("naive", "fastkd"):
             result = find(group, provider=provider)
-            spread = _cell(result, "p20", "{:.4g} – ", 1e6) + _cell(result, "p80", "{:.4g}", 1e6)
-            cells += [_cell(result, "p50", "{:.4g}", 1e6), spread]
+            cells += [_cell(result, "p50", "{:.4g}", 1e6), _spread(result, 1e6)]
         table.add_row(f"{rows} × {vocab}", *cells, _cell(find(group, provider="fastkd"), "times_naive", "{:.2f}×"))
     return [table]
 

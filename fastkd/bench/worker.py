@@ -38,6 +38,7 @@ def _first_run(provider: Provider, problem: Problem) -> tuple[Any, float, str]:
 def _usable(names: list[str], problem: Problem) -> list[Provider]:
     """The providers that can run and are right; says why of the others, and the error of these."""
     usable = []
+    _say(tick="fp64 reference")
     expected = reference(problem) if any(PROVIDERS[name].checked for name in names) else None
     for name in names:
         provider = PROVIDERS[name]
