@@ -30,11 +30,17 @@ def _cell(result: Result | None, key: str, pattern: str, scale: float = 1.0) -> 
     return pattern.format(result[key] * scale) if result and result.get(key) is not None else ""
 
 
+def _figure(value: float) -> str:
+    """Three figures or more, never an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _median(result: Result | None, scale: float) -> str:
+    return _figure(result["p50"] * scale) if result else ""
+
+
 def _spread(result: Result | None, scale: float) -> str:
-    """p20 – p80 to three figures, never in exponents."""
-    if not result or "p20" not in result:
-        return ""
-    return " – ".join(f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in (result["p20"] * scale, result["p80"] * scale))
+    return f"{_figure(result['p20'] * scale)} – {_figure(result['p80'] * scale)}" if result else ""
 
 
 def _reason(result: Result) -> str:
@@ -54,9 +60,9 @@ def _full(results: Sequence[Result]) -> list[Table]:
                 notes.append(f"{result['provider']}: {_reason(result)}")
             elif result["provider"] == "compile":
                 notes.append(f"compile: {result['first_run_seconds']:.1f} s for its first run, compiling included")
+            timed = result if "p50" in result else None
             table.add_row(
-                result["provider"], _cell(result, "p50", "{:.4g}", 1e3),
-                _spread(result, 1e3),
+                result["provider"], _median(timed, 1e3), _spread(timed, 1e3),
                 _cell(result, "times_naive", "{:.1f}×"), _cell(result, "peak", "{:.0f}", 1e-6),
                 _cell(result, "peak_nv", "{:.2f}"), _cell(result, "gb_per_s", "{:.1f}"),
                 _cell(result, "share_of_copy", "{:.0%}"), _cell(result, "error", "{:.0e}"),
@@ -81,7 +87,7 @@ def _divergences(results: Sequence[Result]) -> list[Table]:
                 result = find(group, provider=provider, divergence=divergence)
                 base = find(group, provider=provider, divergence="forward_kl")
                 ratio = f"{result['p50'] / base['p50']:.2f}" if result and base else ""
-                cells += [_cell(result, "p50", "{:.4g}", 1e3), ratio]
+                cells += [_median(result, 1e3), ratio]
             table.add_row(divergence, *cells)
         tables.append(table)
     return tables
@@ -111,7 +117,7 @@ def _grid(results: Sequence[Result]) -> list[Table]:
         cells = []
         for provider in ("naive", "fastkd"):
             result = find(group, provider=provider)
-            cells += [_cell(result, "p50", "{:.4g}", 1e6), _spread(result, 1e6)]
+            cells += [_median(result, 1e6), _spread(result, 1e6)]
         table.add_row(f"{rows} × {vocab}", *cells, _cell(find(group, provider="fastkd"), "times_naive", "{:.2f}×"))
     return [table]
 
