@@ -90,7 +90,6 @@ MUTANTS = {
     ),
     # rounding and threads
     "bf16 by truncation": Mutant(CONVERT, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"),
-    "threads share their scratch": Mutant(LAUNCH, "thread_local ThreadScratch", "ThreadScratch"),
     "gradient of the sharing threads skips a block": Mutant(
         KERNELS, "executor.run(blocks_of(job.params.columns), 1", "executor.run(blocks_of(job.params.columns) - 1, 1"
     ),
