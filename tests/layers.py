@@ -24,6 +24,17 @@ OUTER = {"bench", "demo", "trainer", "integrations", "cli", "__main__"}
 OUTER_MAY_IMPORT = {"demo": {"demo", "trainer"}, "__main__": {"cli"}}
 # packages that the core of fastkd may import besides the standard library
 CORE_MAY_IMPORT = {"torch", "fastkd"}
+# modules of the core, lowest first: each may import from the rows above its own
+CORE_ORDER = (
+    {"_C"},
+    {"checks", "divergence", "stats"},
+    {"options"},
+    {"eager", "ops"},
+    {"backends"},
+    {"functional"},
+    {"modules"},
+    {"__init__"},
+)
 
 
 def includes(path: Path) -> list[str]:
@@ -39,8 +50,8 @@ def csrc_violations(csrc: Path) -> list[str]:
                 found.append(f"{path.relative_to(csrc)} includes {header}: only csrc/torch knows torch")
             if layer == "core" and CUDA_HEADER.match(header):
                 found.append(f"{path.relative_to(csrc)} includes {header}: csrc/core knows no CUDA")
-            target = (path.parent / header).resolve()
-            if target.is_file() and csrc.resolve() in target.parents:
+            targets = [(folder / header).resolve() for folder in (path.parent, csrc)]
+            for target in (t for t in targets if t.is_file() and csrc.resolve() in t.parents):
                 other = target.relative_to(csrc.resolve()).parts[0]
                 if other not in CSRC_MAY_INCLUDE[layer]:
                     found.append(f"{path.relative_to(csrc)} includes {header}: {layer} may not know {other}")
@@ -48,8 +59,8 @@ def csrc_violations(csrc: Path) -> list[str]:
 
 
 def imports(path: Path, package: tuple[str, ...]) -> set[str]:
-    """Absolute dotted names that a module of ``package`` imports, anywhere in its text but under TYPE_CHECKING."""
-    names = set()
+    """Absolute dotted names that a module of ``package`` imports, anywhere in its text."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -57,7 +68,16 @@ def imports(path: Path, package: tuple[str, ...]) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*base, *([node.module] if node.module else [])])
             names |= {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in {"import_module", "__import__"}:
+            names |= {
+                arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+            }
     return names
+
+
+def core_height(module: str) -> int:
+    """Row of ``CORE_ORDER``; a name that is no module comes from the package's ``__init__``, and is as high."""
+    return next((height for height, row in enumerate(CORE_ORDER) if module in row), len(CORE_ORDER) - 1)
 
 
 def python_violations(root: Path, standard_library: frozenset[str]) -> list[str]:
@@ -66,6 +86,9 @@ def python_violations(root: Path, standard_library: frozenset[str]) -> list[str]
         relative = path.relative_to(root.parent)
         package = relative.parts[:-1]
         own = relative.parts[1].removesuffix(".py")
+        in_core = own not in OUTER
+        if in_core and not any(own in row for row in CORE_ORDER):
+            found.append(f"{relative} has no place in CORE_ORDER")
         for name in imports(path, package):
             top, *rest = name.split(".")
             if top == "fastkd":
@@ -73,7 +96,9 @@ def python_violations(root: Path, standard_library: frozenset[str]) -> list[str]
                 allowed = OUTER_MAY_IMPORT.get(own, {own})
                 if part in OUTER and part not in allowed:
                     found.append(f"{relative} imports {name}: {own} may not know {part}")
-            elif own not in OUTER and top not in CORE_MAY_IMPORT | standard_library:
+                elif in_core and part not in OUTER and core_height(part) >= core_height(own):
+                    found.append(f"{relative} imports {name}: {own} is not above {part or 'the package'}")
+            elif in_core and top not in CORE_MAY_IMPORT | standard_library:
                 found.append(f"{relative} imports {name}: the core depends on torch alone")
     return found
 

@@ -46,11 +46,39 @@ def test_commands_exist() -> None:
     assert {"demo", "test"} <= made <= targets
 
 
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """What each command prints when asked for help."""
+    printed = {}
+    for command in sorted(COMMANDS):
+        done = subprocess.run([sys.executable, "-m", "fastkd", command, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        printed[command] = done.stdout
+    return printed
+
+
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_help(command: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "fastkd", command, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout.lower()
+def test_help(command: str, helps: dict[str, str]) -> None:
+    assert f"usage: fastkd {command}" in helps[command]
+
+
+def commands_with_flags(text: str) -> dict[str, set[str]]:
+    """Command -> flags that follow it, lines that end in a backslash joined."""
+    found: dict[str, set[str]] = {}
+    for command, rest in re.findall(r"fastkd ([a-z]+)\b([^`\n]*)", text.replace("\\\n", " ")):
+        found.setdefault(command, set()).update(re.findall(r"--[a-z][a-z0-9_.-]*", rest))
+    return found
+
+
+def test_flags_exist(helps: dict[str, str]) -> None:
+    named = commands_with_flags(README)
+    assert {"--teacher.path", "--data.train", "--output_dir"} <= named["distill"]
+    for command, flags in named.items():
+        unknown = flags - set(re.findall(r"--[a-z][a-z0-9_.-]*", helps.get(command, "")))
+        assert command not in COMMANDS or not unknown, f"fastkd {command}: {unknown}"
+    alone = set(re.findall(r"`(--[a-z][a-z0-9_.-]*)[^`]*`", README))
+    known = set(re.findall(r"--[a-z][a-z0-9_.-]*", " ".join(helps.values())))
+    assert alone and alone <= known, alone - known
 
 
 def test_changelog_has_this_version() -> None:

@@ -47,6 +47,7 @@ def test_public_words() -> None:
         ("kernels/cpu/a.cpp", "#include <Python.h>", "only csrc/torch knows torch"),
         ("core/row.h", "#include <cuda_runtime.h>", "csrc/core knows no CUDA"),
         ("core/row.h", '#include "../kernels/params.h"', "core may not know kernels"),
+        ("core/row.h", '#include "kernels/params.h"', "core may not know kernels"),
         ("kernels/params.h", '#include "../torch/rows.h"', "kernels may not know torch"),
     ],
 )
@@ -66,6 +67,12 @@ def test_planted_include_is_found(tmp_path: Path, file: str, line: str, what: st
         ("ops.py", "from .trainer import train", "may not know trainer"),
         ("functional.py", "def f():\n    import fastkd.bench", "may not know bench"),
         ("modules.py", "from . import cli", "may not know cli"),
+        ("modules.py", "import importlib\nimportlib.import_module('fastkd.demo')", "may not know demo"),
+        ("ops.py", "from .functional import kd_loss", "ops is not above functional"),
+        ("functional.py", "from fastkd.modules import KDLoss", "functional is not above modules"),
+        ("modules.py", "from . import kd_loss", "modules is not above kd_loss"),
+        ("backends.py", "import fastkd", "backends is not above the package"),
+        ("scratch.py", "import torch", "has no place in CORE_ORDER"),
         ("ops.py", "import transformers", "depends on torch alone"),
         ("ops.py", "from rich.table import Table", "depends on torch alone"),
         ("trainer/train.py", "from ..demo import run", "may not know demo"),
@@ -75,8 +82,9 @@ def test_planted_include_is_found(tmp_path: Path, file: str, line: str, what: st
 def test_planted_import_is_found(tmp_path: Path, file: str, line: str, what: str) -> None:
     path = tmp_path / "fastkd" / file
     path.parent.mkdir(parents=True)
-    path.write_text("import math\nimport torch\nfrom .options import Options\n")
-    assert layers.python_violations(tmp_path / "fastkd", STANDARD_LIBRARY) == []
+    if file != "scratch.py":
+        path.write_text("import math\nimport torch\nfrom .options import Options\n")
+        assert layers.python_violations(tmp_path / "fastkd", STANDARD_LIBRARY) == []
     path.write_text(line + "\n")
     (violation,) = layers.python_violations(tmp_path / "fastkd", STANDARD_LIBRARY)
     assert what in violation
