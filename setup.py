@@ -18,18 +18,19 @@ fastkd builds against an installed PyTorch >= 2.10 and could not import it ({err
 """
 
 
-def find_compiler() -> str:
-    """The C++ compiler that will be used; ends the build with one readable message if there is none."""
+def choose_compiler() -> None:
+    """Puts the C++ compiler that is there into CXX; ends the build with one readable message if there is none."""
     named = os.environ.get("CXX", "").split()
     if not named:
         os.environ.pop("CXX", None)  # set but empty: setuptools would run the first flag as the compiler
     for candidate in named[:1] or ("c++", "g++", "clang++"):
         if shutil.which(candidate):
-            return candidate
+            os.environ.setdefault("CXX", candidate)  # else the one that built Python, which may be missing
+            return
     raise SystemExit(NO_COMPILER.format(tried=f"CXX={named[0]}" if named else "c++, g++, clang++"))
 
 
-find_compiler()
+choose_compiler()
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError as error:

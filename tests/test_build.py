@@ -48,6 +48,21 @@ def test_a_missing_compiler_is_one_readable_message(tree: Path, environment: dic
 
 
 @needs_compiler
+def test_the_compiler_that_is_there_is_used(tree: Path, tmp_path: Path) -> None:
+    """Python was built with g++ and asks for it; a machine that has only clang++ must not end in a traceback."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("as", "ld", "ninja", "uname"):
+        if found := shutil.which(tool, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])):
+            (folder / tool).symlink_to(found)
+    (folder / "clang++").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\nexec {shutil.which("g++")} "$@"\n')
+    (folder / "clang++").chmod(0o755)
+    done = build(tree, PATH=str(folder), CXX="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "isa_baseline.cpp" in (tmp_path / "called").read_text()
+
+
+@needs_compiler
 def test_a_changed_header_rebuilds_what_includes_it(tree: Path) -> None:
     first = build(tree)
     assert first.returncode == 0, first.stderr
