@@ -10,9 +10,6 @@ from torch import Tensor
 from . import checks, ops
 from .options import check_backend
 
-# in the order in which ``auto`` tries them
-ORDER = ("native", "eager")
-
 
 class Explanation(NamedTuple):
     """The answer of :func:`explain`; prints as a small table."""
@@ -42,18 +39,34 @@ def _why_not_native(student_logits: Tensor, teacher_logits: Tensor) -> str | Non
     return None
 
 
-def select_backend(backend: str, student_logits: Tensor, teacher_logits: Tensor) -> str:
-    """The backend that computes these logits. Raises RuntimeError where an explicit one cannot."""
+def _forced_isa_is_missing(student_logits: Tensor) -> bool:
+    """A forced instruction set is an order: where it cannot run, ``auto`` does not pass over it."""
+    return bool(ops.isa_error) and student_logits.device.type == "cpu"
+
+
+def _choose(backend: str, student_logits: Tensor, why_not_native: str | None) -> str:
+    """The backend that computes; "" where none may."""
     if backend == "eager":
         return "eager"
-    if ops.isa_error and student_logits.device.type == "cpu":
-        raise ValueError(ops.isa_error)  # a forced instruction set is an order, so auto does not pass over it
-    why_not = _why_not_native(student_logits, teacher_logits)
-    if why_not is None:
+    if why_not_native is None:
         return "native"
-    if backend == "native":
-        raise RuntimeError(f"backend='native' cannot run: {why_not}; use backend='auto' or 'eager'")
-    return "eager"
+    return "" if backend == "native" or _forced_isa_is_missing(student_logits) else "eager"
+
+
+def select_backend(backend: str, student_logits: Tensor, teacher_logits: Tensor) -> str:
+    """The backend that computes these logits.
+
+    Raises:
+        RuntimeError: an explicit backend that cannot run.
+        ValueError: FASTKD_CPU_ISA names an instruction set that does not run here.
+    """
+    why_not = None if backend == "eager" else _why_not_native(student_logits, teacher_logits)
+    chosen = _choose(backend, student_logits, why_not)
+    if chosen:
+        return chosen
+    if _forced_isa_is_missing(student_logits):
+        raise ValueError(ops.isa_error)
+    raise RuntimeError(f"backend='native' cannot run: {why_not}; use backend='auto' or 'eager'")
 
 
 def explain(student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "auto") -> Explanation:
@@ -66,9 +79,7 @@ def explain(student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "a
     """
     check_backend(backend)
     why_not = _why_not_native(student_logits, teacher_logits)
-    chosen = backend if backend == "eager" or (why_not is None and backend == "native") else ""
-    if backend == "auto":
-        chosen = "native" if why_not is None else "eager"
+    chosen = _choose(backend, student_logits, why_not)
     native = why_not or f"C++ kernels, {ops.cpu_isa()} on the CPU: one read of the logits, gradient in the same pass"
     reasons = {
         "native": native,
@@ -92,4 +103,5 @@ def backends() -> Explanation:
             f"{', '.join(ops.native_devices())}; instruction set {ops.cpu_isa()} (this machine runs: {available}; "
             "FASTKD_CPU_ISA forces one)"
         )
-    return Explanation("eager" if why_not else "native", {"native": native, "eager": "any device that torch has"})
+    runs = "" if ops.isa_error else "eager" if ops.load_error else "native"
+    return Explanation(runs, {"native": native, "eager": "any device that torch has"})

@@ -241,7 +241,7 @@ def test_presets_fit_their_tables(preset: str) -> None:
     arguments = argparse.Namespace(rows=256, vocab=128256, dtype=dtypes, threads=2, rounds=3, temperature=2.0)
     results = []
     for job in jobs.PRESETS[preset](arguments):
-        fields = {key: getattr(job, key) for key in report.GROUP}
+        fields = {key: getattr(job, key) for key in (*report.GROUP, "temperature")}
         results += [{**fields, "provider": p, "p20": 0.1, "p50": 0.12, "p80": 0.2, "moves": 3} for p in job.providers]
     report.add_rates(results)
     printed = _printed(results)
@@ -276,6 +276,7 @@ def test_a_wrong_result_fails_the_command(tmp_path: Path, monkeypatch: pytest.Mo
 def test_targets_read_the_run() -> None:
     common = {
         "preset": "default", "rows": 256, "vocab": 128256, "dtype": "float32", "divergence": "forward_kl", "threads": 2,
+        "temperature": 2.0,
     }  # fmt: skip
     times = {"copy": 0.01, "naive": 1.0, "fastkd": 0.05, "fastkd-inplace": 0.02}
     results = [
@@ -289,3 +290,5 @@ def test_targets_read_the_run() -> None:
     share = by_name["float32: share of copy bandwidth, in place"]
     assert share.measure(results) == pytest.approx(0.75) and share.met(0.75)
     assert by_name["bfloat16: times naive, in place"].measure(results) is None
+    for other in ({"threads": 1}, {"temperature": 1.0}):  # not what the bounds were set for
+        assert fresh.measure([{**result, **other} for result in results]) is None

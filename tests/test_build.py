@@ -98,12 +98,14 @@ def test_an_unknown_instruction_set_lists_those_available(isa: str) -> None:
     )
 
 
-def test_backends_reports_a_forced_set_that_cannot_run() -> None:
+@pytest.mark.parametrize("command", ["backends", "explain"])
+def test_a_forced_set_that_cannot_run_is_reported(command: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fastkd", "backends"],
+        [sys.executable, "-m", "fastkd", command],
         env={**os.environ, "FASTKD_CPU_ISA": "sse9"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0
     assert "FASTKD_CPU_ISA=sse9 does not run on this machine" in done.stdout
+    assert "->" not in done.stdout  # the loss would raise, so no backend is marked as the one that runs

@@ -24,6 +24,9 @@ struct Denominators {
       : log2_s(log2(row.sum_s)), log2_t(log2(row.sum_t)), log2_hard(log2(row.sum_hard)) {}
 };
 
+// ln sum exp of the student's logits at T = 1.
+FASTKD_FN float hard_lse(const Piece& row, const Denominators& z) { return kLn2 * z.log2_hard + row.largest_s; }
+
 // The weight w of KL(p||q) in a mixed divergence w KL(p||q) + (1 - w) KL(q||p).
 FASTKD_FN float forward_share(const RowOptions& o) {
   return o.divergence == Divergence::forward_kl ? 1.0f : o.divergence == Divergence::reverse_kl ? 0.0f : o.beta;
@@ -56,7 +59,7 @@ FASTKD_FN float cross_entropy_of(const RowOptions& o, const Piece& row, const De
     ce = (1.0f - o.label_smoothing) * ce + o.label_smoothing * uniform;
   }
   if (o.z_loss != 0) {
-    const float lse = kLn2 * z.log2_hard + row.largest_s;
+    const float lse = hard_lse(row, z);
     ce += o.z_loss * lse * lse;
   }
   return ce;
@@ -75,8 +78,7 @@ FASTKD_FN float zero_unless_nan(const Piece& row) { return 0.0f * (row.sum_s + r
 // The part of the cross-entropy. weight: the factor of the row's cross-entropy in the total.
 FASTKD_FN void add_cross_entropy(GradientCoefficients& c, const RowOptions& o, const Piece& row, const Denominators& z,
                                  float weight) {
-  const float lse = kLn2 * z.log2_hard + row.largest_s;
-  c.hard = weight * (1.0f + 2.0f * o.z_loss * lse) / row.sum_hard;
+  c.hard = weight * (1.0f + 2.0f * o.z_loss * hard_lse(row, z)) / row.sum_hard;
   c.constant = -weight * o.label_smoothing / row.columns;
   c.label = -weight * (1.0f - o.label_smoothing);
 }

@@ -29,8 +29,11 @@ def _ratio(a: Result | None, b: Result | None) -> float | None:
     return a["p50"] / b["p50"] if a and b else None
 
 
+TASK = {"temperature": 2.0, "threads": 2}  # what the bounds were set for
+
+
 def _main(results: Sequence[Result], provider: str, dtype: str, **fields) -> Result | None:
-    shape = {"preset": "default", "rows": 256, "vocab": 128256, "divergence": "forward_kl"}
+    shape = {"preset": "default", "rows": 256, "vocab": 128256, "divergence": "forward_kl", **TASK}
     return find(results, provider=provider, dtype=dtype, **{**shape, **fields})
 
 
@@ -61,7 +64,7 @@ def _worst_divergence(provider: str, dtype: str) -> Callable[[Sequence[Result]],
 def _long_row(provider: str, dtype: str) -> Callable[[Sequence[Result]], float | None]:
     def per_element(results: Sequence[Result], vocab: int) -> float | None:
         rows = 256 * 128256 // vocab
-        found = find(results, preset="vocab", provider=provider, dtype=dtype, rows=rows, vocab=vocab)
+        found = find(results, preset="vocab", provider=provider, dtype=dtype, rows=rows, vocab=vocab, **TASK)
         return found["p50"] / (rows * vocab) if found else None
 
     def measure(results: Sequence[Result]) -> float | None:
@@ -74,7 +77,8 @@ def _long_row(provider: str, dtype: str) -> Callable[[Sequence[Result]], float |
 def _two_threads(dtype: str) -> Callable[[Sequence[Result]], float | None]:
     def measure(results: Sequence[Result]) -> float | None:
         row = {"preset": "vocab", "provider": "fastkd", "dtype": dtype, "rows": 1, "vocab": 1 << 20}
-        return _ratio(find(results, threads=1, **row), find(results, threads=2, **row))
+        two = {**row, **TASK}
+        return _ratio(find(results, **{**two, "threads": 1}), find(results, **two))
 
     return measure
 

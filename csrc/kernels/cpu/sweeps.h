@@ -22,8 +22,8 @@ constexpr int kMaxPower = 8;  // the power multiplies the relative error of 2^y
 FASTKD_FN Hard hard_source(float temperature, bool needed) {
   if (!needed || temperature == 1) return Hard::none;
   if (temperature == 2) return Hard::square;
-  const bool integer = temperature == static_cast<float>(static_cast<int>(temperature < 16 ? temperature : 0.5f));
-  return integer && temperature > 1 && temperature <= kMaxPower ? Hard::power : Hard::own;
+  const bool in_range = temperature > 1 && temperature <= kMaxPower;  // also what makes the cast to int defined
+  return in_range && temperature == static_cast<int>(temperature) ? Hard::power : Hard::own;
 }
 
 // Memory that the next block will touch, fetched a lane group at a time while this block is computed: rows come from
