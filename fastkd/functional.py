@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks
 from .backends import select_backend
 from .eager import eager_kd_loss
-from .ops import native_kd_loss
+from .ops import fused_kd_loss
 from .options import Options, check_options
 from .stats import KDStats
 
@@ -122,6 +122,6 @@ def kd_loss(
     if name == "eager" and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         vocab_size = min(student_logits.shape[-1], teacher_logits.shape[-1])
         checks.check_values_on_cpu(vocab_size, labels, temperatures, ignore_index)
-    run = native_kd_loss if name == "native" else eager_kd_loss
-    loss, stats = run(student_logits, teacher_logits, labels, token_weights, temperatures, num_items, options)
+    tensors = (student_logits, teacher_logits, labels, token_weights, temperatures, num_items)
+    loss, stats = eager_kd_loss(*tensors, options) if name == "eager" else fused_kd_loss(name, *tensors, options)
     return loss if stats is None else (loss, stats)

@@ -1,9 +1,12 @@
-"""torch.ops.fastkd: loading, shapes for tracing (fake kernels), autograd, and the native backend built on them.
+"""torch.ops.fastkd: loading, shapes for tracing (fake kernels), autograd, and the loss built on them.
 
-The schemas and what each output means are in csrc/torch/library.cpp.
+The schemas and what each output means are in csrc/torch/library.cpp; every backend with operators has the same four.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,20 +43,31 @@ def cpu_isas() -> tuple[str, ...]:
     return tuple(_C.cpu_isas().split(", "))
 
 
+class Operators(NamedTuple):
+    """The operators of one backend, all with the schemas of csrc/torch/library.cpp."""
+
+    forward: Callable  # -> loss, gradient, pending, stats
+    forward_: Callable  # -> loss, pending, stats; overwrites the student's logits with the gradient
+    rescale: Callable
+    rescale_: Callable
+
+
+registered: dict[str, Operators] = {}  # backend -> its operators
+
 _DOUBLE_BACKWARD = (
-    "fastkd's native loss has no second derivative (its gradient is computed in forward); "
+    "fastkd's kernels have no second derivative (the gradient is computed in forward); "
     "use backend='eager' for create_graph=True"
 )
 
 
-def _rescaled(gradient: Tensor, upstream: Tensor, pending: Tensor) -> Tensor:
+def _rescaled(operators: Operators, gradient: Tensor, upstream: Tensor, pending: Tensor) -> Tensor:
     """The gradient for the real upstream: handed over as it is where upstream and pending are 1, else scaled."""
     if torch.is_grad_enabled():
         raise RuntimeError(_DOUBLE_BACKWARD)
     # A retained graph must keep its gradient, and a traced one may not mutate what it saved: scale into a copy there.
     if type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
-        return torch.ops.fastkd.kd_rescale(gradient, upstream, pending)
-    torch.ops.fastkd.kd_rescale_(gradient, upstream, pending)
+        return operators.rescale(gradient, upstream, pending)
+    operators.rescale_(gradient, upstream, pending)
     return gradient
 
 
@@ -65,13 +79,16 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.with_gradient = inputs[-1]
 
 
-def _backward(ctx, upstream: Tensor | None, *_unused: Tensor | None):
-    if upstream is None:
-        return (None,) * 13
-    if not ctx.with_gradient:
-        raise RuntimeError("kd_forward was called with with_gradient=False and cannot be differentiated")
-    gradient, pending = ctx.saved_tensors
-    return _rescaled(gradient, upstream, pending), *(None,) * 12
+def _backward_of(operators: Operators) -> Callable:
+    def backward(ctx, upstream: Tensor | None, *_unused: Tensor | None):
+        if upstream is None:
+            return (None,) * 13
+        if not ctx.with_gradient:
+            raise RuntimeError("the forward operator was called with with_gradient=False and cannot be differentiated")
+        gradient, pending = ctx.saved_tensors
+        return _rescaled(operators, gradient, upstream, pending), *(None,) * 12
+
+    return backward
 
 
 class _Loss(torch.autograd.Function):
@@ -81,15 +98,16 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student_logits: Tensor, arguments: tuple, inplace: bool):
+    def forward(ctx, student_logits: Tensor, operators: Operators, arguments: tuple, inplace: bool):
         ctx.set_materialize_grads(False)
         if inplace:
-            loss, pending, stats = torch.ops.fastkd.kd_forward_.default(student_logits, *arguments)
+            loss, pending, stats = operators.forward_(student_logits, *arguments)
             # so that autograd notices where anything else still needs the overwritten logits
             torch.autograd.graph.increment_version(student_logits)
             gradient = student_logits.detach()
         else:
-            loss, gradient, pending, stats = torch.ops.fastkd.kd_forward.default(student_logits, *arguments, True)
+            loss, gradient, pending, stats = operators.forward(student_logits, *arguments, True)
+        ctx.operators = operators
         ctx.save_for_backward(gradient, pending)
         ctx.mark_non_differentiable(stats)
         return loss, stats
@@ -97,9 +115,9 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor | None, _stats: None):
         if upstream is None:
-            return None, None, None
+            return None, None, None, None
         gradient, pending = ctx.saved_tensors
-        return _rescaled(gradient, upstream, pending), None, None
+        return _rescaled(ctx.operators, gradient, upstream, pending), None, None, None
 
 
 def _fake_outputs(student_logits: Tensor, reduction: str, with_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,14 +141,31 @@ def _fake_forward_inplace(student_logits, teacher_logits, *arguments):
     return _fake_outputs(student_logits, reduction, with_stats)
 
 
+def _fake_rescale(gradient, upstream, pending):
+    return gradient.new_empty(gradient.shape)
+
+
+def _fake_rescale_inplace(gradient, upstream, pending):
+    return None
+
+
+def register_backend(name: str, prefix: str) -> None:
+    """Fake kernels and autograd for the four operators fastkd::<prefix>...; enters them into ``registered``."""
+    words = {
+        "forward": _fake_forward,
+        "forward_": _fake_forward_inplace,
+        "rescale": _fake_rescale,
+        "rescale_": _fake_rescale_inplace,
+    }
+    for word, fake in words.items():
+        torch.library.register_fake(f"fastkd::{prefix}{word}", fake)
+    operators = Operators(*(getattr(torch.ops.fastkd, prefix + word).default for word in words))
+    torch.library.register_autograd(f"fastkd::{prefix}forward", _backward_of(operators), setup_context=_setup_context)
+    registered[name] = operators
+
+
 if not load_error:
-    torch.library.register_fake("fastkd::kd_forward", _fake_forward)
-    torch.library.register_fake("fastkd::kd_forward_", _fake_forward_inplace)
-    torch.library.register_fake(
-        "fastkd::kd_rescale", lambda gradient, upstream, pending: gradient.new_empty(gradient.shape)
-    )
-    torch.library.register_fake("fastkd::kd_rescale_", lambda gradient, upstream, pending: None)
-    torch.library.register_autograd("fastkd::kd_forward", _backward, setup_context=_setup_context)
+    register_backend("native", "kd_")
 
 
 def _as_tensor(numbers: tuple[float, ...]) -> Tensor:
@@ -141,7 +176,8 @@ def _as_tensor(numbers: tuple[float, ...]) -> Tensor:
     return torch.stack([one * number for number in numbers])
 
 
-def native_kd_loss(
+def fused_kd_loss(
+    backend: str,
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None,
@@ -150,8 +186,8 @@ def native_kd_loss(
     num_items: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, KDStats | None]:
-    """Same contract as :func:`fastkd.eager.eager_kd_loss`, by the operators."""
-    o = options
+    """Same contract as :func:`fastkd.eager.eager_kd_loss`, by the operators of a registered backend."""
+    o, operators = options, registered[backend]
     numbers = (
         o.beta, o.temperature, o.kd_weight, o.ce_weight, o.label_smoothing, o.z_loss,
         o.student_softcap or 0.0, o.teacher_softcap or 0.0,
@@ -166,9 +202,9 @@ def native_kd_loss(
         checks.check_inplace(student_logits, teacher_logits)
     try:
         if tracing or not with_gradient:
-            loss, _, _, stats = torch.ops.fastkd.kd_forward(student_logits, *arguments, with_gradient)
+            loss, _, _, stats = operators.forward(student_logits, *arguments, with_gradient)
         else:
-            loss, stats = _Loss.apply(student_logits, arguments, o.inplace)
+            loss, stats = _Loss.apply(student_logits, operators, arguments, o.inplace)
     except RuntimeError:
         if not tracing:  # the operator knows only RuntimeError; this says which value of which argument it was
             vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])
