@@ -23,7 +23,7 @@ class Mutant(NamedTuple):
 
 ROW, KERNEL, SWEEPS = "core/row.h", "kernels/cpu/row_kernel.h", "kernels/cpu/sweeps.h"
 SUMS, CONVERT, LAUNCH = "core/accumulators.h", "kernels/cpu/convert.h", "kernels/cpu/launch.cpp"
-TERMS, KERNELS = "core/divergence.h", "kernels/cpu/kernels.h"
+TERMS, KERNELS, FINISH = "core/divergence.h", "kernels/cpu/kernels.h", "core/finish.h"
 
 MUTANTS = {
     # signs
@@ -53,7 +53,7 @@ MUTANTS = {
     ),
     "a tie of total_variation has a gradient": Mutant(TERMS, "select(tie, zero, dlogq)", "dlogq"),
     "label V is accepted": Mutant(LAUNCH, "p.labels[n] >= p.columns", "p.labels[n] > p.columns"),
-    "the derivative of the softcap": Mutant(SWEEPS, "one - u * u", "one"),
+    "the derivative of the softcap": Mutant("core/softcap.h", "one - u * u", "one"),
     # tails
     "the last column is not loaded": Mutant(
         CONVERT, "std::memcpy(tail, src + i * size, static_cast<size_t>(n - i) * size)",
@@ -76,11 +76,11 @@ MUTANTS = {
     ),
     "the gradient of an ignored row is left": Mutant(KERNEL, "  zero_gradient(p, n, 0);\n", ""),
     # factors
-    "T for T squared": Mutant(KERNEL, "o.temperature * o.temperature", "o.temperature"),
+    "T for T squared": Mutant(FINISH, "o.temperature * o.temperature", "o.temperature"),
     "half of the z-loss": Mutant(ROW, "1.0f + 2.0f * o.z_loss", "1.0f + o.z_loss"),
     "the square is left out": Mutant(SWEEPS, "sum_hard += e_s * e_s", "sum_hard += e_s"),
     "one power too few": Mutant(SWEEPS, "for (int k = 1; k < power; ++k)", "for (int k = 2; k < power; ++k)"),
-    "the token's weight is left out": Mutant(KERNEL, "p.weight(job.n) * loss", "loss"),
+    "the token's weight is left out": Mutant(FINISH, "  out.loss *= in.token_weight;\n", ""),
     "ignored rows count in the mean": Mutant(LAUNCH, "if (!call.params.ignored(n)) denominator", "denominator"),
     "the pending scale is left out": Mutant(
         KERNELS, "p.factor[n * p.factor_stride] * p.common", "p.factor[n * p.factor_stride]",

@@ -15,11 +15,31 @@ FASTKD_FN bool is_mixed_kl(Divergence d) {
   return d == Divergence::forward_kl || d == Divergence::reverse_kl || d == Divergence::symmetric_kl;
 }
 
-// One column of both models. log2_ratio = log2(p / q): infinite where one is masked, NaN where both are.
+// One column of both models. log2_ratio = log2(p / q), bounded: a masked column has an infinite ratio and the
+// probability 0, and a large finite one makes their product 0. Where both are masked it is any number.
 template <class F>
 struct Column {
-  F p, q, log2_ratio;
+  F p, q, log2_ratio, smaller_over_larger;  // the last of p and q
+
+  FASTKD_METHOD static F bounded(F log2_ratio) {
+    const F limit = F(1e30f);
+    return max(min(log2_ratio, limit), F(0.0f) - limit);
+  }
+
+  // where the probabilities are at hand
+  FASTKD_METHOD static Column of_probabilities(F p, F q, F log2_ratio) {
+    const F ratio = bounded(log2_ratio);
+    return {p, q, ratio, exp2(F(0.0f) - abs(ratio))};
+  }
 };
+
+// where only their logarithms are: one exponential for both, and one by the polynomial
+FASTKD_FN Column<float> column_of_logs(float log2_p, float log2_q) {
+  const float ratio = Column<float>::bounded(log2_p - log2_q), smaller = exp2_by_polynomial(-abs(ratio));
+  const float larger_probability = exp2(max(log2_p, log2_q)), other = larger_probability * smaller;
+  const bool teacher_larger = ratio > 0.0f;
+  return {teacher_larger ? larger_probability : other, teacher_larger ? other : larger_probability, ratio, smaller};
+}
 
 // term(lp, lq) and dlogq = d term / d lq, both in units of ln 2: logarithms are base 2 until the row's sums are known.
 template <class F>
@@ -27,26 +47,22 @@ struct Term {
   F value, dlogq;
 };
 
-// Logs of the mixture m = share p + (1 - share) q relative to both models, base 2. One exponential of -|log2_ratio| and
-// one log of a number in [min(share, 1 - share), 1]: nothing can underflow before its logarithm is taken.
+// Logs of the mixture m = share p + (1 - share) q relative to both models, base 2, from the log of a number in
+// [min(share, 1 - share), 1]: nothing can underflow before its logarithm is taken.
 template <class F>
 struct Mixture {
   F log2_p_over_m, log2_m_over_q, q_over_m;
 
   FASTKD_METHOD Mixture(const Column<F>& c, float share, float rest) {  // rest = 1 - share
-    // A masked column has an infinite ratio and the probability 0; a large finite one makes their product 0. NaN, where
-    // both models are masked, becomes any number: both probabilities are 0 there.
-    const F limit = F(1e30f), zero = F(0.0f), one = F(1.0f);
-    const F ratio = max(min(c.log2_ratio, limit), zero - limit);
-    const F above = max(ratio, zero), below = min(ratio, zero);
-    const auto teacher_larger = ratio > zero;
-    const F smaller_over_larger = exp2(below - above);
+    const F zero = F(0.0f), one = F(1.0f);
+    const F above = max(c.log2_ratio, zero), below = min(c.log2_ratio, zero);
+    const auto teacher_larger = c.log2_ratio > zero;
     const F own = select(teacher_larger, F(share), F(rest)), other = select(teacher_larger, F(rest), F(share));
-    const F m_over_larger = own + other * smaller_over_larger;
+    const F m_over_larger = own + other * c.smaller_over_larger;
     const F log2_m = log2(m_over_larger);  // relative to the larger of p and q
     log2_p_over_m = below - log2_m;
     log2_m_over_q = above + log2_m;
-    q_over_m = select(teacher_larger, smaller_over_larger, one) / m_over_larger;
+    q_over_m = divide(select(teacher_larger, c.smaller_over_larger, one), m_over_larger);
   }
 };
 

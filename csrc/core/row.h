@@ -21,7 +21,7 @@ struct Denominators {
   float log2_s, log2_t, log2_hard;
 
   FASTKD_METHOD explicit Denominators(const Piece& row)
-      : log2_s(log2(row.sum_s)), log2_t(log2(row.sum_t)), log2_hard(log2(row.sum_hard)) {}
+      : log2_s(log2_of_row(row.sum_s)), log2_t(log2_of_row(row.sum_t)), log2_hard(log2_of_row(row.sum_hard)) {}
 };
 
 // ln sum exp of the student's logits at T = 1.

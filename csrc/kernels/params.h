@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
-#include "../core/row.h"
+#include "../core/finish.h"
 
 namespace fastkd {
 
 enum class DType { float32, bfloat16, float16 };
 
-constexpr int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+FASTKD_FN constexpr int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 // Rows of unit column stride, addressed on two levels, so that logits[:, :-1] of a batch needs no copy.
 struct Rows {
@@ -18,7 +18,7 @@ struct Rows {
   int64_t inner = 1;                           // rows per outer step, >= 1
   int64_t outer_stride = 0, inner_stride = 0;  // elements
 
-  char* row(int64_t n) const {
+  FASTKD_METHOD char* row(int64_t n) const {
     const int64_t offset = (n / inner) * outer_stride + (n % inner) * inner_stride;
     return static_cast<char*>(data) + offset * size_of(dtype);
   }
@@ -45,9 +45,16 @@ struct LossParams {
   float* stats = nullptr;     // (5, N) or null: kd, ce, student entropy, teacher entropy, top-1 agreement
   float gradient_scale = 1;   // already in the stored gradient: 1 / denominator, or 1
 
-  bool ignored(int64_t n) const { return labels && labels[n] == ignore_index; }
-  float weight(int64_t n) const { return token_weights ? token_weights[n] : 1.0f; }
-  bool needs_hard() const { return labels && (options.ce_weight != 0 || stats); }
+  FASTKD_METHOD bool ignored(int64_t n) const { return labels && labels[n] == ignore_index; }
+  FASTKD_METHOD float weight(int64_t n) const { return token_weights ? token_weights[n] : 1.0f; }
+  FASTKD_METHOD bool needs_hard() const { return labels && (options.ce_weight != 0 || stats); }
+  FASTKD_METHOD void write_stats(int64_t n, const RowOutcome& out) const {
+    stats[n] = out.divergence;
+    stats[rows + n] = out.cross_entropy;
+    stats[2 * rows + n] = out.student_entropy;
+    stats[3 * rows + n] = out.teacher_entropy;
+    stats[4 * rows + n] = out.top1_agreement;
+  }
 };
 
 // Multiplies rows of a stored gradient: row n by factor[n * factor_stride].

@@ -2,6 +2,7 @@
 // (-inf) columns after the end when loaded, exactly the asked-for columns when stored.
 #pragma once
 
+#include "../../core/softcap.h"
 #include "../params.h"
 #include "simd.h"
 
@@ -98,10 +99,9 @@ template <DType dtype>
 float load_block_as(const char* src, int n, float softcap, float* dst) {
   constexpr int size = static_cast<int>(size_of(dtype));
   Vec largest(minus_infinity());
-  const Vec cap(softcap), inverse_cap(softcap == 0 ? 0.0f : 1.0f / softcap), masked(minus_infinity());
+  const Vec cap(softcap), inverse_cap(softcap == 0 ? 0.0f : 1.0f / softcap);
   const auto take = [&](int i, Vec x) {
-    // -inf stays a mask under a softcap
-    if (softcap != 0) x = select(x > masked, cap * tanh(x * inverse_cap), x);
+    if (softcap != 0) x = softcapped(x, cap, inverse_cap);
     largest = max(x, largest);
     x.store(dst + i);
   };

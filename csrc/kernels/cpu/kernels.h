@@ -21,7 +21,7 @@ void run_rows(const LossParams& p, int64_t begin, int64_t end, const RowScratch&
       second_step(job, 0, blocks);
       merge_second_step(job);
     }
-    finish_row(job);
+    finish_job(job);
     if (!job.gradient) continue;
     last_step(job, 0, blocks);
     zero_gradient(p, n, p.columns);
@@ -49,7 +49,7 @@ void run_shared_row(const LossParams& p, int64_t n, const RowScratch& scratch, c
     run_step(job, executor, second_step);
     merge_second_step(job);
   }
-  finish_row(job);
+  finish_job(job);
   if (!job.gradient) return;
   run_step(job, executor, last_step);
   zero_gradient(p, n, p.columns);

@@ -24,7 +24,6 @@ struct RowJob {
   RowScratch scratch;
   Piece row;
   TermSums terms;
-  float divergence = 0;  // nats
   GradientCoefficients coefficients;
 
   RowJob(const LossParams& p, int64_t row_index, const RowScratch& s)
@@ -133,40 +132,14 @@ void merge_second_step(RowJob& job) {
   for (int64_t block = 0; block < blocks_of(job.params.columns); ++block) job.terms.merge(job.scratch.terms[block]);
 }
 
-void write_stats(const RowJob& job, const Denominators& z, float ce) {
-  const Piece& row = job.row;
-  const int64_t rows = job.params.rows;
-  float* out = job.params.stats + job.n;
-  out[0] = job.divergence;
-  out[rows] = ce;
-  out[2 * rows] = entropy_of(row.entropy_s, row.sum_s, z.log2_s);
-  out[3 * rows] = entropy_of(row.entropy_t, row.sum_t, z.log2_t);
-  out[4 * rows] = row.top_s.column == row.top_t.column ? 1.0f : 0.0f;
-}
-
 // The row's loss, statistics and gradient coefficients.
-void finish_row(RowJob& job) {
+void finish_job(RowJob& job) {
   const LossParams& p = job.params;
-  const RowOptions& o = job.options;
-  const Denominators z(job.row);
-  job.divergence =
-      is_mixed_kl(o.divergence) ? mixed_kl_of(o, job.row, z) : kLn2 * job.terms.value + zero_unless_nan(job.row);
-  float loss = 0;  // a part of weight 0 is left out: it may be infinite
-  if (o.kd_weight != 0) {
-    loss = o.kd_weight * (o.scale_by_t2 ? o.temperature * o.temperature : 1.0f) * job.divergence;
-  }
-  float ce = 0;
-  if (p.needs_hard()) {
-    const float label_y = job.softening.relative_to(job.row.largest_s)(job.label_logit);
-    ce = cross_entropy_of(o, job.row, z, label_y);
-    if (o.ce_weight != 0) loss += o.ce_weight * ce;
-  }
-  p.row_loss[job.n] = p.weight(job.n) * loss;
-  if (p.stats) write_stats(job, z, ce);
-  if (!job.gradient) return;
-  const float scale = p.weight(job.n) * p.gradient_scale;
-  job.coefficients = divergence_coefficients(o, job.row, z, job.terms, scale);
-  if (p.needs_hard() && o.ce_weight != 0) add_cross_entropy(job.coefficients, o, job.row, z, scale * o.ce_weight);
+  const RowInputs inputs{p.needs_hard(), job.label_logit, p.weight(job.n), p.gradient_scale, job.gradient != nullptr};
+  const RowOutcome out = finish_row(job.options, job.softening, job.row, job.terms, inputs);
+  p.row_loss[job.n] = out.loss;
+  if (p.stats) p.write_stats(job.n, out);
+  job.coefficients = out.coefficients;
 }
 
 FASTKD_FN BlockCoefficients block_coefficients(const RowJob& job, int64_t block) {

@@ -16,6 +16,7 @@ namespace {
 
 // the scalar overloads, beside those for lanes
 using fastkd::abs;
+using fastkd::divide;
 using fastkd::exp2;
 using fastkd::log2;
 using fastkd::max;
@@ -60,6 +61,7 @@ FASTKD_FN Vec operator+(Vec a, Vec b) { return a.v + b.v; }
 FASTKD_FN Vec operator-(Vec a, Vec b) { return a.v - b.v; }
 FASTKD_FN Vec operator*(Vec a, Vec b) { return a.v * b.v; }
 FASTKD_FN Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+FASTKD_FN Vec divide(Vec a, Vec b) { return a / b; }
 FASTKD_FN Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
 FASTKD_FN Vec select(Mask m, Vec a, Vec b) { return m.lanes ? a.v : b.v; }
 FASTKD_FN Vec abs(Vec a) { return (FloatLanes)((IntLanes)a.v & 0x7fffffff); }
@@ -124,19 +126,6 @@ FASTKD_FN Vec log2(Vec x) {
   p = p * f + Vec(-0.7213473320007324f);
   p = p * f + Vec(1.4426950216293335f);
   return p * f + Vec(__builtin_convertvector(exponent, FloatLanes));
-}
-
-// tanh x, relative error below 2e-7: an odd polynomial near 0, exponentials beyond.
-FASTKD_FN Vec tanh(Vec x) {
-  const Vec size = abs(x), square = x * x, one = Vec(1.0f);
-  Vec p = Vec(-0.0056599886156618595f) * square + Vec(0.02059098891913891f);
-  p = p * square + Vec(-0.05372106656432152f);
-  p = p * square + Vec(0.13331127166748047f);
-  p = p * square + Vec(-0.3333325982093811f);
-  const Vec near = x + x * square * p;
-  const Vec e = exp2(Vec(-2.0f * kLog2e) * size);
-  const Vec far = (one - e) / (one + e);
-  return select(size > Vec(0.625f), select(x > Vec(0.0f), far, Vec(0.0f) - far), near);
 }
 
 FASTKD_FN float sum_lanes(Vec x) {

@@ -3,28 +3,13 @@
 
 #include "../../core/accumulators.h"
 #include "../../core/divergence.h"
+#include "../../core/hard.h"
+#include "../../core/softcap.h"
 #include "isa.h"
 #include "simd.h"
 
 namespace fastkd {
 namespace {
-
-// Where the student's exponential at T = 1 comes from.
-enum class Hard {
-  none,    // no cross-entropy, or T = 1 where it equals the tempered one
-  square,  // T = 2: the square of the tempered one
-  power,   // T = 3 ... 8: its integer power, stored
-  own,     // any other T: an exponential of its own, stored
-};
-
-constexpr int kMaxPower = 8;  // the power multiplies the relative error of 2^y
-
-FASTKD_FN Hard hard_source(float temperature, bool needed) {
-  if (!needed || temperature == 1) return Hard::none;
-  if (temperature == 2) return Hard::square;
-  const bool in_range = temperature > 1 && temperature <= kMaxPower;  // also what makes the cast to int defined
-  return in_range && temperature == static_cast<int>(temperature) ? Hard::power : Hard::own;
-}
 
 // Memory that the next block will touch, fetched a lane group at a time while this block is computed: rows come from
 // far away, and the hardware's own prefetcher stops at every 4 KiB page.
@@ -158,8 +143,8 @@ TermSums term_sweep(const BlockView& b, const BlockScales& scales, float beta, f
   const Vec scale_s(scales.student), scale_t(scales.teacher), log2_ratio(scales.log2_ratio);
   Vec value(0.0f), dlogq(0.0f);
   for (int i = 0; i < b.n; i += kLanes) {
-    const Column<Vec> column{scale_t * Vec::load(b.exp_t + i), scale_s * Vec::load(b.exp_s + i),
-                             log2_ratio + Vec::load(b.ratio + i)};
+    const auto column = Column<Vec>::of_probabilities(
+        scale_t * Vec::load(b.exp_t + i), scale_s * Vec::load(b.exp_s + i), log2_ratio + Vec::load(b.ratio + i));
     const Term<Vec> term = DivergenceTerm<kDivergence>::at(column, beta, rest);
     value += term.value;
     dlogq += term.dlogq;
@@ -216,12 +201,11 @@ FASTKD_FN void gradient_sweep_of(Hard hard, const BlockView& b, const BlockCoeff
   gradient_sweep_hard<false>(hard, b, c, gradient);
 }
 
-// Chain rule of s <- c tanh(s / c): times 1 - (s / c)^2; a mask is left as it is.
+// Chain rule of the softcap.
 FASTKD_FN void apply_softcap_gradient(const float* capped_logits, int n, float softcap, float* gradient) {
-  const Vec inverse_cap(1.0f / softcap), one(1.0f), masked(minus_infinity());
+  const Vec inverse_cap(1.0f / softcap);
   for (int i = 0; i < n; i += kLanes) {
-    const Vec x = Vec::load(capped_logits + i), u = x * inverse_cap;
-    const Vec slope = select(x > masked, one - u * u, one);
+    const Vec slope = softcap_slope(Vec::load(capped_logits + i), inverse_cap);
     (slope * Vec::load(gradient + i)).store(gradient + i);
   }
 }
