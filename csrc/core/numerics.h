@@ -51,12 +51,11 @@ FASTKD_FN float select(bool take_a, float a, float b) { return take_a ? a : b; }
 FASTKD_FN float max(float a, float b) { return a > b ? a : b; }  // b where either is NaN
 FASTKD_FN float min(float a, float b) { return a < b ? a : b; }  // b where either is NaN
 
-// 2^x for x <= 0 by multiplications and additions alone, relative error below 3e-7; 0 below 2^-126. NaN becomes a
-// number. Where the special-function unit is the bottleneck, a part of the exponentials goes this way. Minimax
-// polynomial.
+// 2^x for x <= 127 by multiplications and additions alone, relative error below 3e-7; 0 below 2^-126, NaN stays NaN.
+// Where the special-function unit is the bottleneck, a part of the exponentials goes this way. Minimax polynomial.
 FASTKD_FN float exp2_by_polynomial(float x) {
   const float shift = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds to an integer n, kept with the bias 127
-  x = max(x, -127.0f);                       // n + 127 = 0 is the factor 0.0
+  x = max(-127.0f, x);                       // n + 127 = 0 is the factor 0.0
   const float shifted = x + shift;
   const float f = x - (shifted - shift);
   float p = 0.001327647129073739f * f + 0.009675540961325169f;

@@ -19,6 +19,7 @@
 #include <cuda_fp16.h>
 
 #define FASTKD_DEVICE static __device__ __forceinline__
+#define FASTKD_DEVICE_METHOD __device__ __forceinline__
 // A kernel of at most `threads` a block, `blocks` of which are to share a multiprocessor: what bounds its registers.
 #define FASTKD_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FASTKD_CONSTANT const __grid_constant__
@@ -29,9 +30,12 @@ namespace gpu {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// 16 bytes, the widest access of every supported architecture.
+// 16 bytes, the widest access of every supported architecture, and half of it.
 struct alignas(16) Vector {
   uint32_t word[4];
+};
+struct alignas(8) HalfVector {
+  uint32_t word[2];
 };
 
 FASTKD_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
@@ -108,6 +112,20 @@ FASTKD_DEVICE void store_vector(void* p, Vector v) {
                : "l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
                : "memory");
 }
+FASTKD_DEVICE HalfVector load_half_vector(const void* p) {
+  HalfVector v;
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.word[0]), "=r"(v.word[1])
+               : "l"(p)
+               : "memory");
+  return v;
+}
+FASTKD_DEVICE void store_half_vector(void* p, HalfVector v) {
+  asm volatile("st.global.L1::no_allocate.v2.u32 [%0], {%1, %2};"
+               :
+               : "l"(p), "r"(v.word[0]), "r"(v.word[1])
+               : "memory");
+}
 template <class T>
 FASTKD_DEVICE T load(const T* p) {
   return *p;
@@ -122,6 +140,10 @@ FASTKD_DEVICE void store(T* p, T value) {
 FASTKD_DEVICE void copy_async(void* shared, const void* global) {
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(at), "l"(global) : "memory");
+}
+FASTKD_DEVICE void copy_async_half(void* shared, const void* global) {  // 8 bytes
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" : : "r"(at), "l"(global) : "memory");
 }
 FASTKD_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 template <int kUnderWay>

@@ -1,0 +1,53 @@
+// One call of the loss on the GPU, as its kernels see it: every pointer is device memory. Host and device; no CUDA.
+#pragma once
+
+#include "../params.h"
+
+namespace fastkd {
+
+// Written by the first kernel of a call, read by the others: nothing of it is known to the host.
+struct CallScales {
+  double normaliser = 1;     // 1 / denominator of the mean; 1 for the other reductions
+  float gradient_scale = 1;  // what the stored gradient carries of it: all, or nothing in fp16
+};
+
+// How wide the accesses of a row are.
+struct Access {
+  int width = 8;        // columns of a chunk: 8 where both models are stored in 2 bytes a column, else 4
+  bool vectors = true;  // else the rows begin at different places between two boundaries: one column at a time
+};
+
+struct CudaLoss {
+  LossParams loss;  // gradient_scale is in `scales`
+  Access access;
+  const CallScales* scales = nullptr;
+
+  int team_bytes = 0;   // resident: shared memory of one row's part
+  int team_chunks = 0;  // resident: chunks that it can hold of each model
+
+  // streaming: a row is cut into `splits` parts, a block each
+  int splits = 1;
+  Piece* pieces = nullptr;        // (N, splits)
+  TermSums* terms = nullptr;      // (N, splits), or null: a divergence of one sweep
+  float* label_logits = nullptr;  // (N): read before anything is overwritten
+
+  float* total = nullptr;  // (1): the reduced loss, or null for Reduction::none
+};
+
+// The scales of a call: the sum of the weights of the rows that count, or a given number of items.
+struct CudaScales {
+  LossParams loss;
+  Reduction reduction = Reduction::mean;
+  const float* num_items = nullptr;
+  CallScales* scales = nullptr;
+  float* pending = nullptr;  // (1): what the stored gradient still has to be multiplied by, besides the upstream
+};
+
+struct CudaRescale {
+  RescaleParams rescale;           // `common` is unused: see pending
+  const float* pending = nullptr;  // (1)
+  Access access;
+  int splits = 1;
+};
+
+}  // namespace fastkd

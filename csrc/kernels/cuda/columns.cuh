@@ -1,0 +1,182 @@
+// The arithmetic of four columns at a time: sums of the first sweep, terms of the second, the gradient.
+#pragma once
+
+#include "../../core/divergence.h"
+#include "../../core/hard.h"
+#include "../../core/softcap.h"
+#include "scratch.h"
+#include "view.cuh"
+
+namespace fastkd {
+namespace gpu {
+
+// What a kernel is compiled for; the rest branches uniformly. reverse_kl runs as symmetric_kl.
+// kRich: softcaps, label smoothing and statistics may be asked for.
+template <Divergence kDivergenceOf, bool kRichOf>
+struct Kind {
+  static constexpr Divergence kDivergence = kDivergenceOf;
+  static constexpr bool kRich = kRichOf;
+  static constexpr bool kMixed = kDivergenceOf == Divergence::forward_kl || kDivergenceOf == Divergence::symmetric_kl;
+  static constexpr bool kBothDots = kDivergenceOf == Divergence::symmetric_kl;
+  // Its sweeps ask the special-function unit for more than it gives while the row is loaded.
+  static constexpr bool kTeacherByPolynomial = kDivergenceOf == Divergence::skew_reverse_kl;
+};
+
+// What a row is computed with, the same in all its threads.
+struct RowConstants {
+  RowOptions options;
+  Softening softening;
+  Hard hard;
+  float slack;  // exponents may rise above their reference by this much before the sums are restated
+  float student_softcap, teacher_softcap;
+  bool needs_hard, smoothing, stats;
+  int64_t label;       // -1: none
+  float token_weight;  // NaN where the row's label or temperature is out of range: so are its loss and gradient
+
+  FASTKD_DEVICE_METHOD RowConstants(const LossParams& p, int64_t n)
+      : options(p.options),
+        student_softcap(p.student_softcap),
+        teacher_softcap(p.teacher_softcap),
+        needs_hard(p.needs_hard()),
+        smoothing(needs_hard && p.options.label_smoothing != 0),
+        stats(p.stats != nullptr),
+        label(-1),
+        token_weight(p.token_weights ? load(p.token_weights + n) : 1.0f) {
+    if (p.temperatures) options.temperature = load(p.temperatures + n);
+    const float t = options.temperature;
+    const bool good_temperature = t > 0 && t < -minus_infinity();
+    softening = {t, kLog2e / t};
+    hard = hard_source(t, needs_hard);
+    slack = t > 8 ? 48 / t : 6;  // 2^(T slack) times any number of columns is finite
+    bool good_label = true;
+    if (p.labels) {
+      const int64_t y = load(p.labels + n);
+      good_label = y >= 0 && y < p.columns;
+      if (needs_hard && good_label) label = y;
+    }
+    if (!good_temperature || !good_label) token_weight = 0 * minus_infinity();
+  }
+
+  // Four capped logits; `cap` 0: as they are.
+  template <class K>
+  FASTKD_DEVICE_METHOD void cap(Quad& x, float cap) const {
+    if (!K::kRich || cap == 0) return;
+    const float inverse = 1 / cap;
+    for (int i = 0; i < 4; ++i) x.value[i] = softcapped(x.value[i], cap, inverse);
+  }
+};
+
+FASTKD_DEVICE float largest_of(const Quad& x) { return max(max(x.value[0], x.value[1]), max(x.value[2], x.value[3])); }
+
+FASTKD_DEVICE float power_of(float e, int power) {
+  float product = e;
+  for (int k = 1; k < power; ++k) product *= e;
+  return product;
+}
+
+// 2^(T y) from e = 2^y.
+FASTKD_DEVICE float hard_exponential(const RowConstants& r, float e, float y) {
+  if (r.hard == Hard::square) return e * e;
+  if (r.hard == Hard::power) return power_of(e, static_cast<int>(r.options.temperature));
+  return r.hard == Hard::own ? exp2(r.options.temperature * y) : e;
+}
+
+// First sweep. s, t: capped logits, the first n of them columns of the row, the rest masked.
+template <class K>
+FASTKD_DEVICE void add_columns(Piece& piece, const Quad& s, const Quad& t, int64_t first, int stride, int n,
+                               const RowConstants& r) {
+  const float largest_s = largest_of(s), largest_t = largest_of(t), slope = r.softening.slope;
+  if ((largest_s - piece.largest_s) * slope > r.slack || (largest_t - piece.largest_t) * slope > r.slack)
+    piece.rebase(max(largest_s, piece.largest_s), max(largest_t, piece.largest_t), r.softening);
+  const Exponent<float> exponent_s = r.softening.relative_to(piece.largest_s);
+  const Exponent<float> exponent_t = r.softening.relative_to(piece.largest_t);
+  float y_s[4], e_s[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    y_s[i] = exponent_s(s.value[i]);
+    const float y_t = exponent_t(t.value[i]);
+    e_s[i] = exp2(y_s[i]);
+    const float e_t = K::kTeacherByPolynomial ? exp2_by_polynomial(y_t) : exp2(y_t);
+    piece.sum_s += e_s[i];
+    piece.sum_t += e_t;
+    if (K::kMixed) piece.dot_t += weigh(e_t, y_t - y_s[i]);
+    if (K::kBothDots) piece.dot_s += weigh(e_s[i], y_s[i] - y_t);
+    if (K::kRich && r.stats) {
+      piece.entropy_s += weigh(e_s[i], y_s[i]);
+      piece.entropy_t += weigh(e_t, y_t);
+      if (s.value[i] > piece.top_s.logit) piece.top_s = {s.value[i], first + i * stride};
+      if (t.value[i] > piece.top_t.logit) piece.top_t = {t.value[i], first + i * stride};
+    }
+    if (K::kRich && r.smoothing && i < n) piece.linear_s += y_s[i];
+  }
+  if (K::kRich) piece.columns += static_cast<float>(n);
+  if (r.hard == Hard::none) return;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) piece.sum_hard += hard_exponential(r, e_s[i], y_s[i]);
+}
+
+FASTKD_DEVICE Column<float> column_at(float s, float t, const RowState& row, const RowConstants& r) {
+  return column_of_logs(r.softening.relative_to(row.largest_t)(t) - row.log2_t,
+                        r.softening.relative_to(row.largest_s)(s) - row.log2_s);
+}
+
+// Second sweep.
+template <class K>
+FASTKD_DEVICE void add_terms(TermSums& sums, const Quad& s, const Quad& t, const RowState& row, const RowConstants& r) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const Term<float> term = DivergenceTerm<K::kDivergence>::at(column_at(s.value[i], t.value[i], row, r),
+                                                                r.options.beta, r.options.beta_rest);
+    sums.value += term.value;
+    sums.dlogq += term.dlogq;
+  }
+}
+
+// Last sweep: d of four columns, see GradientCoefficients. c.hard is 0 where there is no cross-entropy.
+template <class K>
+FASTKD_DEVICE Quad gradient_of(const Quad& s, const Quad& t, int64_t first, int stride, const RowState& row,
+                               const RowConstants& r) {
+  const GradientCoefficients& c = row.c;
+  const Exponent<float> exponent_s = r.softening.relative_to(row.largest_s);
+  const Exponent<float> exponent_t = r.softening.relative_to(row.largest_t);
+  Quad d;
+  float y_s[4], e_s[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    y_s[i] = exponent_s(s.value[i]);
+    if constexpr (K::kMixed) {
+      const float y_t = exponent_t(t.value[i]);
+      e_s[i] = exp2(y_s[i]);
+      d.value[i] = c.teacher * exp2(y_t) + c.constant;
+      if constexpr (K::kBothDots) {
+        const float by_ratio = c.ratio == 0 ? 0.0f : c.ratio * (y_t - y_s[i]);
+        d.value[i] += weigh(e_s[i], by_ratio + c.student);
+      } else {
+        d.value[i] += c.student * e_s[i];
+      }
+    } else {
+      const Column<float> column = column_at(s.value[i], t.value[i], row, r);
+      e_s[i] = column.q * row.sum_s;
+      const Term<float> term = DivergenceTerm<K::kDivergence>::at(column, r.options.beta, r.options.beta_rest);
+      d.value[i] = c.dlogq * term.dlogq + c.student * e_s[i] + c.constant;
+    }
+  }
+  if (c.hard != 0) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d.value[i] += c.hard * hard_exponential(r, e_s[i], y_s[i]);
+  }
+  const int64_t at = r.label - first;
+  if (r.label >= 0 && at >= 0 && at <= 3 * static_cast<int64_t>(stride)) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (at == i * stride) d.value[i] += c.label;
+  }
+  if (K::kRich && r.student_softcap != 0) {
+    const float inverse = 1 / r.student_softcap;
+    for (int i = 0; i < 4; ++i) d.value[i] *= softcap_slope(s.value[i], inverse);
+  }
+  return d;
+}
+
+}  // namespace gpu
+}  // namespace fastkd

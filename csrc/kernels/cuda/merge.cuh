@@ -1,0 +1,127 @@
+// Sums of lanes, warps, blocks and parts become the row's. Always in the same order: the same bits run to run.
+#pragma once
+
+#include "columns.cuh"
+
+namespace fastkd {
+namespace gpu {
+
+FASTKD_DEVICE float sum_lanes(float x) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += shuffle_xor(kAllLanes, x, lanes);
+  return x;
+}
+
+FASTKD_DEVICE float largest_lane(float x) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = max(shuffle_xor(kAllLanes, x, lanes), x);
+  return x;
+}
+
+FASTKD_DEVICE Top top_lane(Top top) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    const Top other{shuffle_xor(kAllLanes, top.logit, lanes), shuffle_xor(kAllLanes, top.column, lanes)};
+    if (other.logit > top.logit || (other.logit == top.logit && other.column < top.column)) top = other;
+  }
+  return top;
+}
+
+// The pieces of a warp's lanes as one, in every lane.
+template <class K>
+FASTKD_DEVICE Piece merge_lanes(Piece p, const RowConstants& r) {
+  p.rebase(largest_lane(p.largest_s), largest_lane(p.largest_t), r.softening);
+  p.sum_s = sum_lanes(p.sum_s);
+  p.sum_t = sum_lanes(p.sum_t);
+  p.sum_hard = r.hard == Hard::none ? p.sum_s : sum_lanes(p.sum_hard);
+  if (K::kMixed) p.dot_t = sum_lanes(p.dot_t);
+  if (K::kBothDots) p.dot_s = sum_lanes(p.dot_s);
+  if (K::kRich) {
+    p.columns = sum_lanes(p.columns);
+    if (r.smoothing) p.linear_s = sum_lanes(p.linear_s);
+    if (r.stats) {
+      p.entropy_s = sum_lanes(p.entropy_s);
+      p.entropy_t = sum_lanes(p.entropy_t);
+      p.top_s = top_lane(p.top_s);
+      p.top_t = top_lane(p.top_t);
+    }
+  }
+  return p;
+}
+
+FASTKD_DEVICE TermSums merge_lanes(TermSums t) { return {sum_lanes(t.value), sum_lanes(t.dlogq)}; }
+
+// The sums of a block's warps as one, in every lane of its first warp; other warps get their own.
+template <class Sums, class Merge>
+FASTKD_DEVICE Sums merge_warps(Sums own, Sums* of_warps, const Merge& merge) {
+  own = merge(own);
+  const int warps = block_threads() / kWarp, warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+  if (warps == 1) return own;
+  if (lane == 0) shared_store(of_warps + warp, own);
+  block_sync();
+  if (warp != 0) return own;
+  return merge(lane < warps ? shared_load(of_warps + lane) : Sums{});
+}
+
+// The sums of a cluster's blocks, each in its block's first warp, as one in every lane of every first warp.
+template <class Sums, class Merge>
+FASTKD_DEVICE Sums merge_cluster(Sums own, Sums* of_block, const Team& team, const Merge& merge) {
+  if (team.parts == 1) return own;
+  if (team.lane == 0) shared_store(of_block, own);
+  cluster_sync();
+  if (team.lane >= kWarp) return own;
+  return merge(team.lane < team.parts ? peer_load(of_block, team.lane) : Sums{});
+}
+
+// What every thread of the team needs of the row, from its first lane.
+template <bool kWarpTeam, class T>
+FASTKD_DEVICE T broadcast(const T& value, T* shared, const Team& team) {
+  if (team.lane == 0) shared_store(shared, value);
+  if (kWarpTeam) {
+    warp_sync(kAllLanes);
+  } else {
+    block_sync();
+  }
+  return shared_load(shared);
+}
+
+template <class K>
+FASTKD_DEVICE RowState state_of(const Piece& row) {
+  RowState state{row.largest_s, row.largest_t, 0, 0, row.sum_s, {}};
+  if (!K::kMixed) {
+    const Denominators z(row);
+    state.log2_s = z.log2_s;
+    state.log2_t = z.log2_t;
+  }
+  return state;
+}
+
+// Loss and statistics of the row, written where `writes`; returns its coefficients.
+template <class K>
+FASTKD_DEVICE GradientCoefficients finish(const LossParams& p, const CallScales* scales, int64_t n,
+                                          const RowConstants& r, Piece row, const TermSums& terms, float label_logit,
+                                          bool writes) {
+  row.columns = static_cast<float>(p.columns);
+  RowInputs in;
+  in.needs_hard = r.needs_hard;
+  in.label_logit = label_logit;
+  in.token_weight = r.token_weight;
+  in.gradient_scale = load(&scales->gradient_scale);
+  in.wants_gradient = p.gradient.data != nullptr;
+  const RowOutcome out = finish_row(r.options, r.softening, row, terms, in);
+  if (writes) {
+    store(p.row_loss + n, out.loss);
+    if (K::kRich && p.stats) p.write_stats(n, out);
+  }
+  return out.coefficients;
+}
+
+// The student's logit at the label, softcapped; read before anything is overwritten.
+template <class K>
+FASTKD_DEVICE float label_logit_of(const RowView& view, const RowConstants& r) {
+  if (r.label < 0) return 0;
+  Quad x;
+  for (int i = 0; i < 4; ++i) x.value[i] = load_column(view.student, view.student_dtype, r.label);
+  r.cap<K>(x, r.student_softcap);
+  return x.value[0];
+}
+
+}  // namespace gpu
+}  // namespace fastkd

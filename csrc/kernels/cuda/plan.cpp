@@ -1,0 +1,151 @@
+#include "plan.h"
+
+#include <algorithm>
+
+#include "scratch.h"
+
+namespace fastkd {
+namespace {
+
+constexpr int kWarpThreads = 32;
+constexpr int64_t kWarpColumns = 1024;  // up to here one warp a row
+constexpr int kWarpBlockThreads = 256;
+constexpr int kReserved = 1024;      // bytes of a multiprocessor's shared memory that each block costs besides its own
+constexpr int kThreadsWanted = 768;  // a multiprocessor's resident threads, over its blocks
+constexpr int kLeastThreads = 128, kMostThreads = 768;
+constexpr int kStreamThreads = 256, kStreamChunks = 4;  // chunks that a streaming thread should have at least
+constexpr int kMostSplits = 256;
+constexpr int kWaves = 2;  // blocks a multiprocessor that a streaming grid should at least have
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+int width_of(DType student, DType teacher) { return student == DType::float32 || teacher == DType::float32 ? 4 : 8; }
+
+// Bytes of a team's shared memory: its scratch, and its chunks of both models, each on a 16-byte boundary.
+int64_t team_bytes(const Problem& p, int64_t scratch, int64_t chunks, int width) {
+  return scratch + round_up(chunks * width * size_of(p.student), 16) +
+         round_up(chunks * width * size_of(p.teacher), 16);
+}
+
+Plan plan_warps(const Problem& p, const GpuLimits& gpu, Plan plan) {
+  plan.variant = Variant::warp;
+  plan.team_chunks = static_cast<int>(p.columns / plan.access.width);
+  plan.team_bytes = static_cast<int>(team_bytes(p, kWarpScratchBytes, plan.team_chunks, plan.access.width));
+  const int64_t wanted = kWarpBlockThreads / kWarpThreads;
+  const int64_t spread = divide_up(p.rows, gpu.multiprocessors);  // few rows: a block with one rather than none
+  plan.rows_per_block = static_cast<int>(std::max<int64_t>(1, std::min(wanted, spread)));
+  plan.threads = plan.rows_per_block * kWarpThreads;
+  plan.blocks = divide_up(p.rows, plan.rows_per_block);
+  plan.shared_bytes = plan.rows_per_block * plan.team_bytes;
+  plan.sweeps = 1;
+  plan.reason = "a row fits one warp's share of shared memory";
+  return plan;
+}
+
+// Bytes of a block that holds 1 / cluster of both rows.
+int64_t resident_bytes(const Problem& p, int width, int cluster, int* chunks) {
+  *chunks = static_cast<int>(divide_up(p.columns / width, cluster));
+  return team_bytes(p, kBlockScratchBytes, *chunks, width);
+}
+
+// The smallest cluster whose slices let `blocks` of them share a multiprocessor; 0: none does.
+int cluster_for(const Problem& p, const GpuLimits& gpu, int width, int blocks) {
+  for (int cluster = 1; cluster <= gpu.largest_cluster; cluster *= 2) {
+    int chunks = 0;
+    const int64_t bytes = resident_bytes(p, width, cluster, &chunks);
+    if (bytes <= gpu.shared_per_block && blocks * (bytes + kReserved) <= gpu.shared_per_multiprocessor) return cluster;
+  }
+  return 0;
+}
+
+Plan plan_resident(const Problem& p, const GpuLimits& gpu, int cluster, Plan plan) {
+  plan.variant = cluster == 1 ? Variant::block : Variant::cluster;
+  plan.cluster = cluster;
+  plan.shared_bytes = static_cast<int>(resident_bytes(p, plan.access.width, cluster, &plan.team_chunks));
+  plan.team_bytes = plan.shared_bytes;
+  const int64_t together = std::max<int64_t>(1, gpu.shared_per_multiprocessor / (plan.shared_bytes + kReserved));
+  const int64_t wanted = round_up(divide_up(kThreadsWanted, std::min<int64_t>(together, 6)), kWarpThreads);
+  const int64_t useful = round_up(std::max(plan.team_chunks, 1), kWarpThreads);
+  plan.threads = static_cast<int>(std::min<int64_t>(
+      {std::max<int64_t>(wanted, kLeastThreads), std::max<int64_t>(useful, kWarpThreads), kMostThreads}));
+  plan.blocks = p.rows * cluster;
+  plan.sweeps = 1;
+  plan.reason = cluster == 1 ? "a row fits the shared memory of a block"
+                             : "a row fits the shared memory of a cluster of " + std::to_string(cluster) + " blocks";
+  plan.reason += ", " + std::to_string(together) + " a multiprocessor";
+  return plan;
+}
+
+Plan plan_streaming(const Problem& p, const GpuLimits& gpu, Plan plan, const std::string& reason) {
+  const Split split = split_rows(p.rows, p.columns, plan.access.width, gpu);
+  plan.variant = Variant::streaming;
+  plan.splits = split.splits;
+  plan.threads = split.threads;
+  plan.blocks = p.rows * split.splits;
+  plan.shared_bytes = kBlockScratchBytes;
+  plan.sweeps = (p.mixed_kl ? 1 : 2) + (p.with_gradient ? 1 : 0);
+  plan.reason = reason;
+  return plan;
+}
+
+// Whether row n of both begins at the same column between two boundaries, whatever n. b's rows must be addressed on a's
+// two levels: it has the same ones, or one stride throughout.
+bool same_phase(const Rows& a, const Rows& b, int64_t rows, int64_t width) {
+  const auto column = [](const Rows& r) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(r.data)) / size_of(r.dtype);
+  };
+  const auto same = [&](int64_t x, int64_t y) { return (x - y) % width == 0; };
+  if (!same(column(a), column(b)) || !same(a.inner_stride, b.inner_stride)) return false;
+  if (rows <= a.inner && rows <= b.inner) return true;
+  const bool one_stride = rows <= b.inner || same(b.outer_stride, b.inner * b.inner_stride);
+  if (a.inner != b.inner && !one_stride) return false;
+  return same(a.outer_stride, a.inner == b.inner && rows > b.inner ? b.outer_stride : a.inner * b.inner_stride);
+}
+
+}  // namespace
+
+Access access_of(const Rows& student, const Rows& teacher, const Rows& gradient, int64_t rows) {
+  Access access;
+  access.width = width_of(student.dtype, teacher.dtype);
+  access.vectors = true;
+  for (const Rows* other : {&teacher, &gradient}) {
+    if (!other->data) continue;
+    const int width = access.width;
+    const bool same = same_phase(student, *other, rows, width) || same_phase(*other, student, rows, width);
+    access.vectors = access.vectors && same;
+  }
+  return access;
+}
+
+Split split_rows(int64_t rows, int64_t columns, int width, const GpuLimits& gpu) {
+  const int64_t chunks = std::max<int64_t>(1, columns / width);
+  Split split;
+  split.threads =
+      static_cast<int>(std::min<int64_t>(kStreamThreads, round_up(divide_up(chunks, kStreamChunks), kWarpThreads)));
+  const int64_t wanted = divide_up(int64_t{kWaves} * gpu.multiprocessors, std::max<int64_t>(rows, 1));
+  const int64_t useful = divide_up(chunks, int64_t{split.threads} * kStreamChunks);
+  split.splits = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({wanted, useful, kMostSplits})));
+  return split;
+}
+
+Plan plan_loss(const Problem& p, const GpuLimits& gpu) {
+  Plan plan;
+  plan.access = {width_of(p.student, p.teacher), p.aligned};
+  if (!p.aligned) return plan_streaming(p, gpu, plan, "the tensors' rows start at different 16-byte phases");
+  if (p.columns <= kWarpColumns) return plan_warps(p, gpu, plan);
+  int cluster = 0;
+  for (int blocks = 3; blocks >= 1 && cluster == 0; --blocks) cluster = cluster_for(p, gpu, plan.access.width, blocks);
+  if (cluster == 0) {
+    return plan_streaming(p, gpu, plan,
+                          gpu.largest_cluster > 1 ? "a row is larger than a cluster's shared memory"
+                                                  : "a row is larger than a block's shared memory");
+  }
+  const bool fills = p.rows * cluster >= gpu.multiprocessors;
+  const Split split = split_rows(p.rows, p.columns, plan.access.width, gpu);
+  if (!fills && split.splits > 2 * cluster)
+    return plan_streaming(p, gpu, plan, "few rows: each is split over more blocks than a cluster has");
+  return plan_resident(p, gpu, cluster, plan);
+}
+
+}  // namespace fastkd

@@ -1,0 +1,133 @@
+// Rows of any length: each sweep reads the logits from global memory. A row is cut into parts, a block each, whose sums
+// meet in the next kernel: 5 N V with the gradient, 7 for a divergence whose terms need both softmax denominators
+// first.
+#pragma once
+
+#include "resident.cuh"
+
+namespace fastkd {
+namespace gpu {
+
+constexpr int kAhead = 2;  // chunks of both models under way in a thread: four loads of 16 bytes
+
+// f(chunk, student dtype, teacher dtype, place, whole) for this thread's columns of the row.
+template <bool kReadOnly, class F>
+FASTKD_DEVICE void stream(const RowView& view, const Team& team, const F& f) {
+  const int begin = team.begin(view.chunks), end = team.end(view.chunks);
+  for_edges(view, team, f);
+  if (!view.access.vectors) {
+    for (int base = begin; base < end; base += team.lanes) {
+      const Place at = view.place(base, end, team.lane, team.lanes);
+      if (at.n > 0) f(view.load_columns(at), DType::float32, DType::float32, at, false);
+    }
+    return;
+  }
+  for (int64_t base = begin; base < end; base += static_cast<int64_t>(kAhead) * team.lanes) {
+    Chunk chunk[kAhead];
+    Place at[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      at[k] = view.place(static_cast<int>(base) + k * team.lanes, end, team.lane, team.lanes);
+      if (at[k].n > 0) chunk[k] = view.template load_vectors<kReadOnly>(at[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (at[k].n > 0) f(chunk[k], view.student_dtype, view.teacher_dtype, at[k], true);
+  }
+}
+
+FASTKD_DEVICE Team stream_team(const CudaLoss& call) {
+  return {thread_index(), block_threads(), static_cast<int>(block_index() % call.splits), call.splits};
+}
+
+// The sums of a row's parts as one, in every lane of the first warp.
+template <class Sums, class Merge>
+FASTKD_DEVICE Sums merge_parts(const Sums* of_parts, int parts, int lane, const Merge& merge) {
+  Sums sums{};
+  for (int first = 0; first < parts; first += kWarp) {
+    const Sums next = merge(first + lane < parts ? load(of_parts + first + lane) : Sums{});
+    sums = first == 0 ? next : merge(lane == 0 ? sums : lane == 1 ? next : Sums{});
+  }
+  return sums;
+}
+
+template <class K>
+FASTKD_KERNEL(256, 3)
+stream_sums(FASTKD_CONSTANT CudaLoss call) {
+  const LossParams& p = call.loss;
+  const int64_t n = block_index() / call.splits;
+  if (p.labels && load(p.labels + n) == p.ignore_index) return;
+  const Team team = stream_team(call);
+  const RowView view(p, call.access, n);
+  const RowConstants r(p, n);
+  const Sweep<K> sweep{view, r};
+  if (team.part == 0 && team.lane == 0 && r.needs_hard) store(call.label_logits + n, label_logit_of<K>(view, r));
+  Piece piece;
+  stream<true>(view, team,
+               [&](const Chunk& c, DType s, DType t, const Place& at, bool) { sweep.sum(piece, c, s, t, at); });
+  Piece* of_warps = reinterpret_cast<TeamScratch<false>*>(shared_memory())->warp_pieces;
+  piece = merge_warps(piece, of_warps, [&](const Piece& x) { return merge_lanes<K>(x, r); });
+  if (team.lane == 0) store(call.pieces + n * call.splits + team.part, piece);
+}
+
+template <class K>
+FASTKD_KERNEL(256, 3)
+stream_terms(FASTKD_CONSTANT CudaLoss call) {
+  const LossParams& p = call.loss;
+  const int64_t n = block_index() / call.splits;
+  if (p.labels && load(p.labels + n) == p.ignore_index) return;
+  const Team team = stream_team(call);
+  const RowView view(p, call.access, n);
+  const RowConstants r(p, n);
+  const Sweep<K> sweep{view, r};
+  auto* scratch = reinterpret_cast<TeamScratch<false>*>(shared_memory());
+  RowState row{};
+  if (team.lane < kWarp) {
+    row = state_of<K>(merge_parts(call.pieces + n * call.splits, call.splits, team.lane,
+                                  [&](const Piece& x) { return merge_lanes<K>(x, r); }));
+  }
+  row = broadcast<false>(row, &scratch->before_terms, team);
+  TermSums terms;
+  stream<true>(view, team,
+               [&](const Chunk& c, DType s, DType t, const Place& at, bool) { sweep.term(terms, c, s, t, at, row); });
+  terms = merge_warps(terms, scratch->warp_terms, [](const TermSums& x) { return merge_lanes(x); });
+  if (team.lane == 0) store(call.terms + n * call.splits + team.part, terms);
+}
+
+// Loss and gradient. A block a row suffices where there is no gradient.
+template <class K>
+FASTKD_KERNEL(256, 3)
+stream_finish(FASTKD_CONSTANT CudaLoss call) {
+  const LossParams& p = call.loss;
+  const bool wants_gradient = p.gradient.data != nullptr;
+  const int64_t n = wants_gradient ? block_index() / call.splits : block_index();
+  const Team team = wants_gradient ? stream_team(call) : Team{thread_index(), block_threads(), 0, 1};
+  if (p.labels && load(p.labels + n) == p.ignore_index) return ignore_row(p, n, team);
+  const RowView view(p, call.access, n);
+  const RowConstants r(p, n);
+  const Sweep<K> sweep{view, r};
+  RowState row{};
+  if (team.lane < kWarp) {
+    const Piece piece = merge_parts(call.pieces + n * call.splits, call.splits, team.lane,
+                                    [&](const Piece& x) { return merge_lanes<K>(x, r); });
+    TermSums terms;
+    if (!K::kMixed) {
+      terms = merge_parts(call.terms + n * call.splits, call.splits, team.lane,
+                          [](const TermSums& x) { return merge_lanes(x); });
+    }
+    if (team.lane == 0) {
+      row = state_of<K>(piece);
+      const float label_logit = r.needs_hard ? load(call.label_logits + n) : 0;
+      row.c = finish<K>(p, call.scales, n, r, piece, terms, label_logit, team.part == 0);
+    }
+  }
+  if (!wants_gradient) return;
+  row = broadcast<false>(row, &reinterpret_cast<TeamScratch<false>*>(shared_memory())->before_gradient, team);
+  stream<false>(view, team, [&](const Chunk& c, DType s, DType t, const Place& at, bool whole) {
+    sweep.gradient(c, s, t, at, whole, row);
+  });
+  zero_gradient(p, n, p.columns, team);
+}
+
+}  // namespace gpu
+}  // namespace fastkd
