@@ -48,12 +48,14 @@ struct LossParams {
   FASTKD_METHOD bool ignored(int64_t n) const { return labels && labels[n] == ignore_index; }
   FASTKD_METHOD float weight(int64_t n) const { return token_weights ? token_weights[n] : 1.0f; }
   FASTKD_METHOD bool needs_hard() const { return labels && (options.ce_weight != 0 || stats); }
-  FASTKD_METHOD void write_stats(int64_t n, const RowOutcome& out) const {
-    stats[n] = out.divergence;
-    stats[rows + n] = out.cross_entropy;
-    stats[2 * rows + n] = out.student_entropy;
-    stats[3 * rows + n] = out.teacher_entropy;
-    stats[4 * rows + n] = out.top1_agreement;
+  // write(address, number) for each statistic of row n
+  template <class Write>
+  FASTKD_METHOD void write_stats(int64_t n, const RowOutcome& out, const Write& write) const {
+    write(stats + n, out.divergence);
+    write(stats + rows + n, out.cross_entropy);
+    write(stats + 2 * rows + n, out.student_entropy);
+    write(stats + 3 * rows + n, out.teacher_entropy);
+    write(stats + 4 * rows + n, out.top1_agreement);
   }
 };
 

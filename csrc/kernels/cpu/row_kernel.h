@@ -138,7 +138,7 @@ void finish_job(RowJob& job) {
   const RowInputs inputs{p.needs_hard(), job.label_logit, p.weight(job.n), p.gradient_scale, job.gradient != nullptr};
   const RowOutcome out = finish_row(job.options, job.softening, job.row, job.terms, inputs);
   p.row_loss[job.n] = out.loss;
-  if (p.stats) p.write_stats(job.n, out);
+  if (p.stats) p.write_stats(job.n, out, [](float* to, float x) { *to = x; });
   job.coefficients = out.coefficients;
 }
 

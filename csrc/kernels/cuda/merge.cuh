@@ -108,7 +108,7 @@ FASTKD_DEVICE GradientCoefficients finish(const LossParams& p, const CallScales*
   const RowOutcome out = finish_row(r.options, r.softening, row, terms, in);
   if (writes) {
     store(p.row_loss + n, out.loss);
-    if (K::kRich && p.stats) p.write_stats(n, out);
+    if (K::kRich && p.stats) p.write_stats(n, out, [](float* to, float x) { store(to, x); });
   }
   return out.coefficients;
 }
