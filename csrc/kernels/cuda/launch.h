@@ -1,0 +1,27 @@
+// The CUDA kernels' entry. Nothing here waits for the device; no header of CUDA is needed to call it.
+#pragma once
+
+#include "plan.h"
+
+namespace fastkd {
+
+struct CudaCall {
+  LossParams params;  // row_loss and gradient_scale are filled in by the call
+  Reduction reduction = Reduction::mean;
+  const float* num_items = nullptr;  // denominator of mean; null: the sum of the weights of the rows not ignored
+  float* loss = nullptr;             // (1), or (N) for Reduction::none
+  float* pending = nullptr;  // (1): what the stored gradient still has to be multiplied by, besides the upstream
+  void* workspace = nullptr;
+};
+
+// The limits of a device, asked once. Returns what went wrong, or null.
+const char* gpu_limits(int device, GpuLimits* limits);
+
+Plan plan_call(const LossParams& params, const GpuLimits& gpu);
+int64_t workspace_bytes(const LossParams& params, Reduction reduction, const Plan& plan);
+
+// Both enqueue on the stream and return what went wrong, or null.
+const char* run_loss_cuda(const CudaCall& call, const Plan& plan, void* stream);
+const char* run_rescale_cuda(const RescaleParams& params, const float* pending, const GpuLimits& gpu, void* stream);
+
+}  // namespace fastkd
