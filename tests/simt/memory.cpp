@@ -1,0 +1,127 @@
+#include "memory.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "fiber.h"
+
+namespace simt {
+
+namespace {
+
+constexpr unsigned char kMargin = 0xa5;
+constexpr uint32_t kPoison = 0x7fa1beef;  // NaN in fp32; the halves are NaN in bf16 (upper) and -0.0-like junk (lower)
+
+}  // namespace
+
+void Counters::count(size_t bytes, bool writes) {
+  const bool wide = bytes == 16;
+  (writes ? bytes_written : bytes_read) += static_cast<int64_t>(bytes);
+  (writes ? (wide ? wide_writes : narrow_writes) : (wide ? wide_reads : narrow_reads)) += 1;
+}
+
+void Counters::add(const Counters& other) {
+  bytes_read += other.bytes_read;
+  bytes_written += other.bytes_written;
+  wide_reads += other.wide_reads;
+  wide_writes += other.wide_writes;
+  narrow_reads += other.narrow_reads;
+  narrow_writes += other.narrow_writes;
+}
+
+GuardedPages::GuardedPages(size_t bytes, Flush flush, size_t remainder) : bytes_(bytes) {
+  const size_t inner = (bytes + 32 + kPage - 1) / kPage * kPage;
+  length_ = inner + 2 * kPage;
+  void* memory = mmap(nullptr, length_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  pages_ = static_cast<char*>(memory);
+  char* const first = pages_ + kPage;
+  mprotect(first, inner, PROT_READ | PROT_WRITE);
+  std::memset(first, kMargin, inner);
+  if (flush == Flush::front) {
+    data_ = first + remainder;
+  } else {
+    char* const highest = first + inner - bytes;
+    data_ = highest - (reinterpret_cast<uintptr_t>(highest) - remainder) % 16;
+  }
+  for (size_t i = 0; i < bytes; ++i) data_[i] = reinterpret_cast<const char*>(&kPoison)[i % 4];
+}
+
+GuardedPages::~GuardedPages() { munmap(pages_, length_); }
+
+bool GuardedPages::holds(const void* address) const {
+  const ptrdiff_t offset = static_cast<const char*>(address) - pages_;
+  return offset >= 0 && static_cast<size_t>(offset) < length_;
+}
+
+bool GuardedPages::margins_intact() const {
+  for (const char* p = pages_ + kPage; p < pages_ + length_ - kPage; ++p) {
+    if (p == data_ && bytes_) p += bytes_;
+    if (p < pages_ + length_ - kPage && static_cast<unsigned char>(*p) != kMargin) return false;
+  }
+  return true;
+}
+
+Buffer::Buffer(std::string name, size_t bytes, bool writable, GuardedPages::Flush flush, size_t remainder)
+    : name(std::move(name)),
+      bytes(bytes),
+      writable(writable),
+      pages(bytes, flush, remainder),
+      shadow(bytes + 16, Shadow::kGlobal) {}
+
+void Buffer::fill(const void* source) {
+  std::memcpy(data(), source, bytes);
+  shadow.set_initialised(0, bytes);
+}
+
+Buffer& Memory::add(std::string name, size_t bytes, bool writable, GuardedPages::Flush flush, size_t remainder) {
+  buffers_.push_back(std::make_unique<Buffer>(std::move(name), bytes, writable, flush, remainder % 16));
+  return *buffers_.back();
+}
+
+Buffer* Memory::find(const void* address, size_t bytes) {
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  const auto inside = [&](const Buffer& buffer) {
+    const auto begin = reinterpret_cast<uintptr_t>(buffer.data());
+    return at >= begin && at - begin <= buffer.bytes && bytes <= buffer.bytes - (at - begin);
+  };
+  if (last_ < buffers_.size() && inside(*buffers_[last_])) return buffers_[last_].get();
+  for (size_t i = 0; i < buffers_.size(); ++i) {
+    if (inside(*buffers_[i])) return buffers_[last_ = i].get();
+  }
+  return nullptr;
+}
+
+std::string place_of(const void* address, const void* base, size_t bytes) {
+  const auto offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(base));
+  const auto size = static_cast<int64_t>(bytes);
+  if (offset < 0) return std::to_string(-offset) + " bytes before";
+  if (offset >= size) return std::to_string(offset - size) + " bytes behind the end of";
+  return "byte " + std::to_string(offset) + " of";
+}
+
+std::string Memory::describe(const void* address) const {
+  const Buffer* nearest = nullptr;
+  uintptr_t best = std::numeric_limits<uintptr_t>::max();
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  for (const auto& buffer : buffers_) {
+    const auto begin = reinterpret_cast<uintptr_t>(buffer->data()), end = begin + buffer->bytes;
+    const uintptr_t distance = at < begin ? begin - at : at >= end ? at - end : 0;
+    if (distance < best) best = distance, nearest = buffer.get();
+  }
+  if (!nearest) return "no buffer is registered";
+  return place_of(address, nearest->data(), nearest->bytes) + " '" + nearest->name + "' (" +
+         std::to_string(nearest->bytes) + " bytes)";
+}
+
+bool Memory::near(const void* address) const {
+  for (const auto& buffer : buffers_) {
+    if (buffer->pages.holds(address)) return true;
+  }
+  return false;
+}
+
+}  // namespace simt

@@ -1,0 +1,38 @@
+// What the port's twin says to the machine on behalf of the running thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "site.h"
+
+namespace simt {
+
+int thread_index();
+int block_threads();
+int64_t block_index();
+int64_t grid_blocks();
+int cluster_rank();
+int cluster_blocks();
+
+void block_barrier(Site site);
+void cluster_barrier(Site site);
+
+// Collectives of a warp: they return when all lanes of `mask` have called.
+enum class Meeting { sync, ballot, shuffle, shuffle_xor };
+uint64_t meet(Meeting kind, unsigned mask, uint64_t value, int lane, Site site);
+
+char* shared_memory();
+void read_shared(void* value, const void* from, size_t bytes, Site site);
+void write_shared(void* to, const void* value, size_t bytes, Site site);
+void read_peer(void* value, const void* from, int rank, size_t bytes, Site site);
+
+// `constant`: by a load that supposes that the launch nowhere writes these bytes.
+void read_global(void* value, const void* from, size_t bytes, bool constant, Site site);
+void write_global(void* to, const void* value, size_t bytes, Site site);
+
+void issue_copy(void* shared, const void* global, Site site);
+void commit_copies(Site site);
+void wait_for_copies(int under_way, Site site);
+
+}  // namespace simt
