@@ -14,7 +14,7 @@ import pybind11
 
 SIMT = harness.ROOT / "tests" / "simt"
 MACHINE = ("fiber", "shadow", "memory", "machine", "meeting", "access", "report")
-FLAGS = ("-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{SIMT}")
+FLAGS = ("-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{SIMT}")
 
 
 def compile_machine(folder: Path, flags: Sequence[str] = ()) -> list[Path]:

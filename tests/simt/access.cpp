@@ -11,7 +11,8 @@ namespace {
 std::string bytes_text(size_t bytes) { return std::to_string(bytes) + " bytes"; }
 
 // Where `address` lies in the block's shared memory; ends the launch where it does not.
-size_t shared_offset(const void* address, size_t bytes, const char* word) {
+size_t shared_offset(const void* address, Extent extent, const char* word) {
+  const size_t bytes = extent.size;
   Machine& m = *machine;
   const Block& block = *m.self->block;
   const size_t size = m.config.shared_bytes;
@@ -20,7 +21,10 @@ size_t shared_offset(const void* address, size_t bytes, const char* word) {
     return m.name_of(*m.self) + ": " + word + " of " + bytes_text(bytes) + " at " + m.self->site.text();
   };
   if (at >= base && at - base <= size && bytes <= size - (at - base)) {
-    if (at % bytes) m.fail("misaligned", who() + " is not aligned to its size: byte " + std::to_string(at - base));
+    if (at % extent.align) {
+      m.fail("misaligned",
+             who() + " is not aligned to " + bytes_text(extent.align) + ": byte " + std::to_string(at - base));
+    }
     m.report.shared_bytes = std::max(m.report.shared_bytes, at - base + bytes);
     return at - base;
   }
@@ -29,8 +33,8 @@ size_t shared_offset(const void* address, size_t bytes, const char* word) {
     if (rank == block.rank || !other.shared->holds(address)) continue;
     m.fail("shared-bounds", who() + ": the address is that of another block of the cluster");
   }
-  m.fail("shared-bounds", who() + ": " + place_of(address, block.shared->data(), size) + " the shared memory of " +
-                              bytes_text(size));
+  m.fail("shared-bounds",
+         who() + ": " + place_of(address, block.shared->data(), size) + " the shared memory of " + bytes_text(size));
 }
 
 void note_shared_race(const Block& block, const Conflict& conflict, bool writes) {
@@ -69,15 +73,15 @@ void check_shared_write(size_t offset, size_t bytes, const char* word) {
   note_shared_race(block, block.shadow->record(offset, bytes, true, m.actor(), m.self->site), true);
 }
 
-Buffer& find_global(const void* address, size_t bytes, const char* word) {
+Buffer& find_global(const void* address, Extent extent, const char* word) {
   Machine& m = *machine;
   const auto who = [&] {
-    return m.name_of(*m.self) + ": " + word + " of " + bytes_text(bytes) + " at " + m.self->site.text();
+    return m.name_of(*m.self) + ": " + word + " of " + bytes_text(extent.size) + " at " + m.self->site.text();
   };
-  if (reinterpret_cast<uintptr_t>(address) % bytes) {
-    m.fail("misaligned", who() + " is not aligned to its size: " + m.memory.describe(address));
+  if (reinterpret_cast<uintptr_t>(address) % extent.align) {
+    m.fail("misaligned", who() + " is not aligned to " + bytes_text(extent.align) + ": " + m.memory.describe(address));
   }
-  Buffer* const buffer = m.memory.find(address, bytes);
+  Buffer* const buffer = m.memory.find(address, extent.size);
   if (!buffer) m.fail("global-bounds", who() + " starts " + m.memory.describe(address));
   return *buffer;
 }
@@ -111,24 +115,27 @@ uint64_t meet(Meeting kind, unsigned mask, uint64_t value, int lane, Site site) 
 
 char* shared_memory() { return machine->self->block->shared->data(); }
 
-void read_shared(void* value, const void* from, size_t bytes, Site site) {
+void read_shared(void* value, const void* from, Extent extent, Site site) {
+  const size_t bytes = extent.size;
   machine->step(site);
-  const size_t offset = shared_offset(from, bytes, "shared_load");
+  const size_t offset = shared_offset(from, extent, "shared_load");
   std::memcpy(value, check_shared_read(*machine->self->block, offset, bytes, "shared_load"), bytes);
 }
 
-void write_shared(void* to, const void* value, size_t bytes, Site site) {
+void write_shared(void* to, const void* value, Extent extent, Site site) {
+  const size_t bytes = extent.size;
   machine->step(site);
-  const size_t offset = shared_offset(to, bytes, "shared_store");
+  const size_t offset = shared_offset(to, extent, "shared_store");
   check_shared_write(offset, bytes, "shared_store");
   machine->self->block->shadow->set_initialised(offset, bytes);
   std::memcpy(to, value, bytes);
 }
 
-void read_peer(void* value, const void* from, int rank, size_t bytes, Site site) {
+void read_peer(void* value, const void* from, int rank, Extent extent, Site site) {
+  const size_t bytes = extent.size;
   Machine& m = *machine;
   m.step(site);
-  const size_t offset = shared_offset(from, bytes, "peer_load");
+  const size_t offset = shared_offset(from, extent, "peer_load");
   if (rank < 0 || rank >= m.blocks()) {
     m.fail("cluster-rank", m.name_of(*m.self) + ": peer_load at " + site.text() + " from block " +
                                std::to_string(rank) + " of a cluster of " + std::to_string(m.blocks()));
@@ -142,11 +149,12 @@ void read_peer(void* value, const void* from, int rank, size_t bytes, Site site)
   std::memcpy(value, check_shared_read(peer, offset, bytes, "peer_load"), bytes);
 }
 
-void read_global(void* value, const void* from, size_t bytes, bool constant, Site site) {
+void read_global(void* value, const void* from, Extent extent, bool constant, Site site) {
+  const size_t bytes = extent.size;
   Machine& m = *machine;
   m.step(site);
   const char* const word = bytes < 16 ? "load" : constant ? "load_vector" : "load_vector_coherent";
-  Buffer& buffer = find_global(from, bytes, word);
+  Buffer& buffer = find_global(from, extent, word);
   const size_t offset = offset_in(buffer, from);
   check_global_read(buffer, offset, bytes, word);
   if (constant) {
@@ -160,11 +168,12 @@ void read_global(void* value, const void* from, size_t bytes, bool constant, Sit
   std::memcpy(value, from, bytes);
 }
 
-void write_global(void* to, const void* value, size_t bytes, Site site) {
+void write_global(void* to, const void* value, Extent extent, Site site) {
+  const size_t bytes = extent.size;
   Machine& m = *machine;
   m.step(site);
   const char* const word = bytes < 16 ? "store" : "store_vector";
-  Buffer& buffer = find_global(to, bytes, word);
+  Buffer& buffer = find_global(to, extent, word);
   const size_t offset = offset_in(buffer, to);
   const auto where = [&] {
     return m.name_of(*m.self) + ": " + word + " at " + site.text() + " to byte " + std::to_string(offset) + " of '" +
@@ -182,18 +191,17 @@ void write_global(void* to, const void* value, size_t bytes, Site site) {
 }
 
 // The copy may write at any time from now on, and reads its source some time before its wait.
-void issue_copy(void* shared, const void* global, Site site) {
-  constexpr size_t kBytes = 16;
+void issue_copy(void* shared, const void* global, size_t bytes, Site site) {
   Machine& m = *machine;
   m.step(site);
-  const size_t offset = shared_offset(shared, kBytes, "copy_async");
-  Buffer& buffer = find_global(global, kBytes, "copy_async");
-  check_global_read(buffer, offset_in(buffer, global), kBytes, "copy_async");
-  check_shared_write(offset, kBytes, "copy_async");
-  m.self->block->shadow->set_under_way(offset, kBytes, true);
-  buffer.counters.count(kBytes, false);
-  Copy copy = {offset, static_cast<const char*>(global), m.self->groups, m.random.one_in(2), {}, site};
-  if (copy.sampled) std::memcpy(copy.value, global, kBytes);
+  const size_t offset = shared_offset(shared, {bytes, bytes}, "copy_async");
+  Buffer& buffer = find_global(global, {bytes, bytes}, "copy_async");
+  check_global_read(buffer, offset_in(buffer, global), bytes, "copy_async");
+  check_shared_write(offset, bytes, "copy_async");
+  m.self->block->shadow->set_under_way(offset, bytes, true);
+  buffer.counters.count(bytes, false);
+  Copy copy = {offset, static_cast<const char*>(global), bytes, m.self->groups, m.random.one_in(2), {}, site};
+  if (copy.sampled) std::memcpy(copy.value, global, bytes);
   m.self->copies.push_back(copy);
 }
 
@@ -210,13 +218,13 @@ void wait_for_copies(int under_way, Site site) {
   size_t landed = 0;
   for (; landed < copies.size() && copies[landed].group < m.self->groups - under_way; ++landed) {
     Copy& copy = copies[landed];
-    Buffer& buffer = *m.memory.find(copy.from, sizeof copy.value);
-    check_global_read(buffer, offset_in(buffer, copy.from), sizeof copy.value, "copy_async");
-    if (!copy.sampled) std::memcpy(copy.value, copy.from, sizeof copy.value);
-    block.shadow->set_under_way(copy.to, sizeof copy.value, false);
-    check_shared_write(copy.to, sizeof copy.value, "copy_async");
-    block.shadow->set_initialised(copy.to, sizeof copy.value);
-    std::memcpy(block.shared->data() + copy.to, copy.value, sizeof copy.value);
+    Buffer& buffer = *m.memory.find(copy.from, copy.bytes);
+    check_global_read(buffer, offset_in(buffer, copy.from), copy.bytes, "copy_async");
+    if (!copy.sampled) std::memcpy(copy.value, copy.from, copy.bytes);
+    block.shadow->set_under_way(copy.to, copy.bytes, false);
+    check_shared_write(copy.to, copy.bytes, "copy_async");
+    block.shadow->set_initialised(copy.to, copy.bytes);
+    std::memcpy(block.shared->data() + copy.to, copy.value, copy.bytes);
   }
   copies.erase(copies.begin(), copies.begin() + static_cast<ptrdiff_t>(landed));
 }

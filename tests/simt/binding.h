@@ -19,13 +19,20 @@ inline Config config_of(const py::dict& d) {
   Config c;
   for (const auto& item : d) {
     const std::string key = py::str(item.first);
-    if (key == "grid") c.grid = item.second.cast<int64_t>();
-    else if (key == "cluster") c.cluster = item.second.cast<int>();
-    else if (key == "threads") c.threads = item.second.cast<int>();
-    else if (key == "shared_bytes") c.shared_bytes = item.second.cast<size_t>();
-    else if (key == "seed") c.seed = item.second.cast<uint64_t>();
-    else if (key == "max_errors") c.max_errors = item.second.cast<size_t>();
-    else throw py::key_error("launch has no '" + key + "'");
+    if (key == "grid")
+      c.grid = item.second.cast<int64_t>();
+    else if (key == "cluster")
+      c.cluster = item.second.cast<int>();
+    else if (key == "threads")
+      c.threads = item.second.cast<int>();
+    else if (key == "shared_bytes")
+      c.shared_bytes = item.second.cast<size_t>();
+    else if (key == "seed")
+      c.seed = item.second.cast<uint64_t>();
+    else if (key == "max_errors")
+      c.max_errors = item.second.cast<size_t>();
+    else
+      throw py::key_error("launch has no '" + key + "'");
   }
   return c;
 }

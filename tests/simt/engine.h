@@ -22,11 +22,11 @@ namespace simt {
 constexpr size_t kMaxSharedBytes = 227 << 10;  // a block of sm_90 and sm_100
 
 struct Config {
-  int64_t grid = 1;         // blocks
-  int cluster = 1;          // blocks a cluster
+  int64_t grid = 1;          // blocks
+  int cluster = 1;           // blocks a cluster
   int threads = kWarpLanes;  // a block
-  size_t shared_bytes = 0;  // dynamic, a block
-  uint64_t seed = 0;        // 0: warps and lanes in order, a switch only where a thread waits; else a random schedule
+  size_t shared_bytes = 0;   // dynamic, a block
+  uint64_t seed = 0;         // 0: warps and lanes in order, a switch only where a thread waits; else a random schedule
   size_t max_errors = 8;
 };
 
@@ -37,8 +37,8 @@ struct Error {
 
 struct Report {
   std::vector<Error> errors;
-  Counters total;            // of all buffers, in this launch; each buffer has its own
-  size_t shared_bytes = 0;   // the most that a block touched, counted from the start of its shared memory
+  Counters total;           // of all buffers, in this launch; each buffer has its own
+  size_t shared_bytes = 0;  // the most that a block touched, counted from the start of its shared memory
   int64_t block_barriers = 0, cluster_barriers = 0;  // passed, each by all its threads
   int64_t warp_meetings = 0;                         // shuffles, ballots, warp_syncs
   int64_t switches = 0;                              // from one thread to another

@@ -63,8 +63,8 @@ StackPool::~StackPool() {
 
 char* StackPool::top(size_t i) {
   while (slabs_.size() * kSlab <= i) {
-    void* slab = mmap(nullptr, kSlab * kStride, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* slab =
+        mmap(nullptr, kSlab * kStride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (slab == MAP_FAILED) throw std::bad_alloc();
     for (size_t s = 0; s < kSlab; ++s) mprotect(static_cast<char*>(slab) + s * kStride, kPage, PROT_NONE);
     slabs_.push_back(static_cast<char*>(slab));

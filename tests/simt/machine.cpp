@@ -135,6 +135,11 @@ void Machine::leave() {
 void Machine::check_return(Thread& thread) {
   Block& block = *thread.block;
   const std::string returns = name_of(thread) + " returns while ";
+  for (unsigned rest = thread.warp->meeting; rest; rest &= rest - 1) {
+    const Thread& other = thread.warp->threads[__builtin_ctz(rest)];
+    if (!(other.mask >> thread.lane & 1)) continue;
+    fail("inactive-lane", returns + name_of(other) + " waits for it at " + other.site.text());
+  }
   for (const Thread& other : threads_) {
     if (!block.arrived && !cluster_arrived_) break;
     const bool in_block = other.waiting == Waiting::block && other.block == &block;
@@ -142,8 +147,8 @@ void Machine::check_return(Thread& thread) {
     fail("divergent-barrier", returns + name_of(other) + " waits at the barrier of " + other.site.text());
   }
   if (!thread.copies.empty()) {
-    note("missing-wait", name_of(thread) + " returns with a copy under way, issued at " +
-                             thread.copies.front().site.text());
+    note("missing-wait",
+         name_of(thread) + " returns with a copy under way, issued at " + thread.copies.front().site.text());
   }
   if (block.returned + 1 == config.threads && block.peer_epoch && block.peer_epoch == cluster_epoch_) {
     self->site = block.peer_site;
@@ -203,7 +208,8 @@ Thread* Machine::choose() {
   unsigned lanes = warp.runnable;
   if (lane_order_ == 1) return &warp.threads[31 - __builtin_clz(lanes)];
   if (lane_order_ == 2) {
-    for (uint64_t skip = random.below(static_cast<uint64_t>(__builtin_popcount(lanes))); skip; --skip) lanes &= lanes - 1;
+    for (uint64_t skip = random.below(static_cast<uint64_t>(__builtin_popcount(lanes))); skip; --skip)
+      lanes &= lanes - 1;
   }
   return &warp.threads[__builtin_ctz(lanes)];
 }
@@ -211,7 +217,7 @@ Thread* Machine::choose() {
 void Machine::sample_copies() {
   for (Copy& copy : self->copies) {
     if (copy.sampled || !random.one_in(2)) continue;
-    std::memcpy(copy.value, copy.from, sizeof copy.value);
+    std::memcpy(copy.value, copy.from, copy.bytes);
     copy.sampled = true;
   }
 }

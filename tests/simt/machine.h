@@ -30,6 +30,7 @@ class Random {
 struct Copy {
   size_t to;         // offset in the block's shared memory
   const char* from;  // global
+  size_t bytes;
   int group;
   bool sampled;  // whether the source has been read
   uint32_t value[4];

@@ -99,15 +99,15 @@ uint64_t Machine::meet(Meeting kind, unsigned mask, uint64_t value, int lane, Si
   const auto what = [&] { return std::string(word(kind)) + "(" + hex(mask) + ") at " + site.text(); };
   if (!(mask & own)) fail("bad-mask", name_of(*self) + " is not in the mask of its own " + what());
   if (mask & warp.returned) {
-    fail("inactive-lane", name_of(*self) + " waits in " + what() + " for lanes " + hex(mask & warp.returned) +
-                              ", which have returned");
+    fail("inactive-lane",
+         name_of(*self) + " waits in " + what() + " for lanes " + hex(mask & warp.returned) + ", which have returned");
   }
   for (unsigned rest = warp.meeting & mask; rest; rest &= rest - 1) {
     const Thread& other = warp.threads[__builtin_ctz(rest)];
     if (other.mask == mask && other.meeting == kind && other.site == site) continue;
-    fail(other.mask == mask ? "divergent-warp" : "bad-mask",
-         name_of(*self) + " calls " + what() + " while " + name_of(other) + " waits in " + word(other.meeting) + "(" +
-             hex(other.mask) + ") at " + other.site.text());
+    fail(other.mask == mask ? "divergent-warp" : "bad-mask", name_of(*self) + " calls " + what() + " while " +
+                                                                 name_of(other) + " waits in " + word(other.meeting) +
+                                                                 "(" + hex(other.mask) + ") at " + other.site.text());
   }
   self->meeting = kind, self->mask = mask, self->value = value, self->partner = lane;
   warp.meeting |= own;

@@ -1,4 +1,5 @@
-// Kernels in the words of the port, each right as it stands and each wrong in a way of its own where a bug is asked for.
+// Kernels in the words of the port, each right as it stands and each wrong in a way of its own where a bug is asked
+// for.
 #pragma once
 
 #include "../../csrc/kernels/cuda/port.cuh"
@@ -68,7 +69,7 @@ FASTKD_KERNEL(1024, 1) copy(FASTKD_CONSTANT Args a) {
 FASTKD_DEVICE float warp_sum(float value, Bug bug) {
   unsigned mask = kAllLanes;
   if (bug == Bug::bad_mask && lane() == 3) mask &= ~8u;
-  if (bug == Bug::differing_masks && lane() >= 16) mask = 0xffff0000u;
+  if (bug == Bug::differing_masks && lane() >= 16) mask = 0xffff0001u;
   for (int lanes = kWarp / 2; lanes; lanes /= 2) value += shuffle_xor(mask, value, lanes);
   if (bug == Bug::shuffle_from_outside && lane() < 16) value = shuffle(0x0000ffffu, value, 20);
   return value;

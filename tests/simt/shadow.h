@@ -17,11 +17,11 @@ constexpr int kWarpLanes = 32;
 // The running thread as the race detector sees it. Epochs count barriers over a whole launch: each barrier gives the
 // blocks that pass it a number higher than any before.
 struct Actor {
-  int thread = 0;               // rank of the block in its cluster * kMaxThreads + thread of the block
-  uint32_t epoch = 0;           // of the block's last barrier
-  uint32_t cluster_epoch = 0;   // of the cluster's last barrier
-  uint32_t first_epoch = 0;     // of the cluster's start
-  uint32_t launch_epoch = 0;    // of the launch's start
+  int thread = 0;                  // rank of the block in its cluster * kMaxThreads + thread of the block
+  uint32_t epoch = 0;              // of the block's last barrier
+  uint32_t cluster_epoch = 0;      // of the cluster's last barrier
+  uint32_t first_epoch = 0;        // of the cluster's start
+  uint32_t launch_epoch = 0;       // of the launch's start
   const uint16_t* seen = nullptr;  // lane of the own warp -> that lane's clock when last heard of by warp_sync
 };
 

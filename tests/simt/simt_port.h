@@ -10,6 +10,7 @@
 #include "words.h"
 
 #define FASTKD_DEVICE static inline __attribute__((unused))
+#define FASTKD_DEVICE_METHOD inline
 #define FASTKD_KERNEL(threads, blocks) inline void
 #define FASTKD_CONSTANT const
 
@@ -22,6 +23,14 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 struct alignas(16) Vector {
   uint32_t word[4];
 };
+struct alignas(8) HalfVector {
+  uint32_t word[2];
+};
+
+template <class T>
+constexpr simt::Extent extent_of() {
+  return {sizeof(T), alignof(T)};
+}
 
 FASTKD_DEVICE int thread_index() { return simt::thread_index(); }
 FASTKD_DEVICE int block_threads() { return simt::block_threads(); }
@@ -60,44 +69,57 @@ FASTKD_DEVICE char* shared_memory() { return simt::shared_memory(); }
 template <class T>
 FASTKD_DEVICE T shared_load(const T* p, simt::Site site = {}) {
   T value;
-  simt::read_shared(&value, p, sizeof value, site);
+  simt::read_shared(&value, p, extent_of<T>(), site);
   return value;
 }
 template <class T>
 FASTKD_DEVICE void shared_store(T* p, T value, simt::Site site = {}) {
-  simt::write_shared(p, &value, sizeof value, site);
+  simt::write_shared(p, &value, extent_of<T>(), site);
 }
 template <class T>
 FASTKD_DEVICE T peer_load(const T* p, int rank, simt::Site site = {}) {
   T value;
-  simt::read_peer(&value, p, rank, sizeof value, site);
+  simt::read_peer(&value, p, rank, extent_of<T>(), site);
   return value;
 }
 
 FASTKD_DEVICE Vector load_vector(const void* p, simt::Site site = {}) {
   Vector value;
-  simt::read_global(&value, p, sizeof value, true, site);
+  simt::read_global(&value, p, extent_of<Vector>(), true, site);
   return value;
 }
 FASTKD_DEVICE Vector load_vector_coherent(const void* p, simt::Site site = {}) {
   Vector value;
-  simt::read_global(&value, p, sizeof value, false, site);
+  simt::read_global(&value, p, extent_of<Vector>(), false, site);
   return value;
 }
-FASTKD_DEVICE void store_vector(void* p, Vector v, simt::Site site = {}) { simt::write_global(p, &v, sizeof v, site); }
+FASTKD_DEVICE HalfVector load_half_vector(const void* p, simt::Site site = {}) {
+  HalfVector value;
+  simt::read_global(&value, p, extent_of<HalfVector>(), false, site);
+  return value;
+}
+FASTKD_DEVICE void store_vector(void* p, Vector v, simt::Site site = {}) {
+  simt::write_global(p, &v, extent_of<Vector>(), site);
+}
+FASTKD_DEVICE void store_half_vector(void* p, HalfVector v, simt::Site site = {}) {
+  simt::write_global(p, &v, extent_of<HalfVector>(), site);
+}
 template <class T>
 FASTKD_DEVICE T load(const T* p, simt::Site site = {}) {
   T value;
-  simt::read_global(&value, p, sizeof value, false, site);
+  simt::read_global(&value, p, extent_of<T>(), false, site);
   return value;
 }
 template <class T>
 FASTKD_DEVICE void store(T* p, T value, simt::Site site = {}) {
-  simt::write_global(p, &value, sizeof value, site);
+  simt::write_global(p, &value, extent_of<T>(), site);
 }
 
 FASTKD_DEVICE void copy_async(void* shared, const void* global, simt::Site site = {}) {
-  simt::issue_copy(shared, global, site);
+  simt::issue_copy(shared, global, 16, site);
+}
+FASTKD_DEVICE void copy_async_half(void* shared, const void* global, simt::Site site = {}) {
+  simt::issue_copy(shared, global, 8, site);
 }
 FASTKD_DEVICE void copy_commit(simt::Site site = {}) { simt::commit_copies(site); }
 template <int kUnderWay>

@@ -22,16 +22,20 @@ void cluster_barrier(Site site);
 enum class Meeting { sync, ballot, shuffle, shuffle_xor };
 uint64_t meet(Meeting kind, unsigned mask, uint64_t value, int lane, Site site);
 
+// Of memory: `size` bytes, at an address that `align` divides.
+struct Extent {
+  size_t size, align;
+};
 char* shared_memory();
-void read_shared(void* value, const void* from, size_t bytes, Site site);
-void write_shared(void* to, const void* value, size_t bytes, Site site);
-void read_peer(void* value, const void* from, int rank, size_t bytes, Site site);
+void read_shared(void* value, const void* from, Extent extent, Site site);
+void write_shared(void* to, const void* value, Extent extent, Site site);
+void read_peer(void* value, const void* from, int rank, Extent extent, Site site);
 
 // `constant`: by a load that supposes that the launch nowhere writes these bytes.
-void read_global(void* value, const void* from, size_t bytes, bool constant, Site site);
-void write_global(void* to, const void* value, size_t bytes, Site site);
+void read_global(void* value, const void* from, Extent extent, bool constant, Site site);
+void write_global(void* to, const void* value, Extent extent, Site site);
 
-void issue_copy(void* shared, const void* global, Site site);
+void issue_copy(void* shared, const void* global, size_t bytes, Site site);  // bytes: 8 or 16
 void commit_copies(Site site);
 void wait_for_copies(int under_way, Site site);
 
