@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DTYPE_WORDS = "float32, bfloat16 or float16 (float64 with backend='eager')"
 
 
-def _describe(x: object) -> str:
+def describe(x: object) -> str:
+    """dtype, shape and device of a tensor; the type of anything else."""
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}"
     return type(x).__name__
@@ -22,9 +24,9 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, vocab: str) -> 
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor (..., V); got {type(x).__name__}")
         if x.dtype not in LOGIT_DTYPES and x.dtype != torch.float64:
-            raise TypeError(f"{name} must be {_DTYPE_WORDS}; got {_describe(x)}")
+            raise TypeError(f"{name} must be {_DTYPE_WORDS}; got {describe(x)}")
         if x.dim() == 0 or x.shape[-1] == 0:
-            raise ValueError(f"{name} must have a last dimension V >= 1; got {_describe(x)}")
+            raise ValueError(f"{name} must have a last dimension V >= 1; got {describe(x)}")
     if teacher_logits.requires_grad:
         raise ValueError(
             "teacher_logits must not require grad (the loss has no gradient for the teacher); "
@@ -48,19 +50,22 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, vocab: str) -> 
         )
 
 
-def check_per_token(name: str, x: object, student_logits: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """One value a token: shape ``(...)`` = leading shape of the logits, their device, no gradient."""
+def check_per_token(
+    name: str, x: object, student_logits: Tensor, dtypes: tuple[torch.dtype, ...], like: str = "student_logits"
+) -> None:
+    """One value a token: shape ``(...)`` = leading shape of the logits (or of what ``like`` names), their device, no
+    gradient."""
     words = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     shape = tuple(student_logits.shape[:-1])
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a {words} tensor of shape {shape}; got {type(x).__name__}")
     if x.dtype not in dtypes:
-        raise TypeError(f"{name} must be {words}; got {_describe(x)}")
+        raise TypeError(f"{name} must be {words}; got {describe(x)}")
     if x.shape != student_logits.shape[:-1]:
-        raise ValueError(f"{name} must have one value a token, shape {shape}; got {_describe(x)}")
+        raise ValueError(f"{name} must have one value a token, shape {shape}; got {describe(x)}")
     if x.device != student_logits.device:
         raise ValueError(
-            f"{name} must be on the device of student_logits ({student_logits.device}); got {_describe(x)}"
+            f"{name} must be on the device of {like} ({student_logits.device}); got {describe(x)}"
         )
     if x.requires_grad:
         raise ValueError(f"{name} must not require grad: the loss has no gradient for it; pass {name}.detach()")
@@ -73,7 +78,7 @@ def check_num_items(num_items_in_batch: object, reduction: str, device: torch.de
         raise ValueError(f"{name} divides the sum of reduction='mean'; got it with reduction={reduction!r}")
     if isinstance(num_items_in_batch, Tensor):
         if num_items_in_batch.dim() != 0:
-            raise ValueError(f"{name} must be an int or a 0-d tensor; got {_describe(num_items_in_batch)}")
+            raise ValueError(f"{name} must be an int or a 0-d tensor; got {describe(num_items_in_batch)}")
         if num_items_in_batch.requires_grad:
             raise ValueError(f"{name} must not require grad; pass {name}.detach()")
         return num_items_in_batch.to(device=device, dtype=torch.float32, non_blocking=True)

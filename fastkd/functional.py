@@ -15,7 +15,6 @@ from .ops import fused_kd_loss
 from .options import Options, check_options
 from .stats import KDStats
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @functools.lru_cache(maxsize=1024, typed=True)  # typed: True must not pass where 1 did
@@ -112,9 +111,9 @@ def kd_loss(
     elif ce_weight != 0:
         raise ValueError(f"ce_weight={ce_weight!r} needs labels; got labels=None")
     if token_weights is not None:
-        checks.check_per_token("token_weights", token_weights, student_logits, _FLOATS)
+        checks.check_per_token("token_weights", token_weights, student_logits, checks.FLOATS)
     if temperatures is not None:
-        checks.check_per_token("temperature", temperatures, student_logits, _FLOATS)
+        checks.check_per_token("temperature", temperatures, student_logits, checks.FLOATS)
     num_items = None
     if num_items_in_batch is not None:
         num_items = checks.check_num_items(num_items_in_batch, reduction, student_logits.device)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from . import linear_checks
 from .functional import kd_loss
+from .linear import linear_kd_loss
 from .options import Options, check_options
 from .stats import KDStats
 
@@ -53,7 +56,76 @@ class KDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
-        defaults = Options()
-        return ", ".join(
-            f"{name}={value!r}" for name, value in self.options._asdict().items() if value != getattr(defaults, name)
+        return _differences(self.options)
+
+
+def _differences(options: Options) -> str:
+    defaults = Options()._asdict()
+    return ", ".join(f"{name}={value!r}" for name, value in options._asdict().items() if value != defaults[name])
+
+
+class LinearKDLoss(nn.Module):
+    """:func:`fastkd.linear_kd_loss` with its options fixed at construction.
+
+    Takes ``chunk_size``, ``memory_budget``, ``logits_dtype`` and the scalar keywords of :func:`fastkd.linear_kd_loss`;
+    tensors and ``num_items_in_batch`` go to the call. It owns no weights: those of both heads are arguments. With
+    FSDP2, call it inside the forward of the module whose parameters the heads are.
+
+    Raises:
+        TypeError, ValueError: an option outside its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        *,
+        chunk_size: int | str = "auto",
+        memory_budget: int | None = None,
+        logits_dtype: torch.dtype | None = None,
+        **options,
+    ) -> None:
+        super().__init__()
+        allowed = [name for name in Options._fields if name != "inplace"]
+        unknown = sorted(set(options) - set(allowed))
+        if unknown:
+            raise TypeError(f"LinearKDLoss got unknown options {unknown}; allowed: {', '.join(allowed)}")
+        linear_checks.check_chunks(chunk_size, memory_budget)
+        self.chunk_size, self.memory_budget, self.logits_dtype = chunk_size, memory_budget, logits_dtype
+        self.options = Options(**options)
+        check_options(self.options)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        temperature: Tensor | float | None = None,
+        **tensors: Tensor | int | None,
+    ) -> Tensor | tuple[Tensor, KDStats]:
+        """Shapes and errors as in :func:`fastkd.linear_kd_loss`; ``temperature`` overrides the module's for this call,
+        ``tensors`` are ``student_bias``, ``teacher_bias``, ``teacher_logits``, ``token_weights``,
+        ``num_items_in_batch``."""
+        keywords = self.options._asdict()
+        del keywords["inplace"]
+        if temperature is not None:
+            keywords["temperature"] = temperature
+        return linear_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            chunk_size=self.chunk_size,
+            memory_budget=self.memory_budget,
+            logits_dtype=self.logits_dtype,
+            **keywords,
+            **tensors,
         )
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults."""
+        own = [f"{name}={getattr(self, name)!r}" for name in ("memory_budget", "logits_dtype") if getattr(self, name)]
+        size = [] if self.chunk_size == "auto" else [f"chunk_size={self.chunk_size!r}"]
+        return ", ".join([*size, *own, *filter(None, [_differences(self.options)])])

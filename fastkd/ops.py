@@ -54,16 +54,16 @@ class Operators(NamedTuple):
 
 registered: dict[str, Operators] = {}  # backend -> its operators
 
-_DOUBLE_BACKWARD = (
+DOUBLE_BACKWARD = (
     "fastkd's kernels have no second derivative (the gradient is computed in forward); "
     "use backend='eager' for create_graph=True"
 )
 
 
-def _rescaled(operators: Operators, gradient: Tensor, upstream: Tensor, pending: Tensor) -> Tensor:
+def rescaled(operators: Operators, gradient: Tensor, upstream: Tensor, pending: Tensor) -> Tensor:
     """The gradient for the real upstream: handed over as it is where upstream and pending are 1, else scaled."""
     if torch.is_grad_enabled():
-        raise RuntimeError(_DOUBLE_BACKWARD)
+        raise RuntimeError(DOUBLE_BACKWARD)
     # A retained graph must keep its gradient, and a traced one may not mutate what it saved: scale into a copy there.
     if type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
         return operators.rescale(gradient, upstream, pending)
@@ -86,7 +86,7 @@ def _backward_of(operators: Operators) -> Callable:
         if not ctx.with_gradient:
             raise RuntimeError("the forward operator was called with with_gradient=False and cannot be differentiated")
         gradient, pending = ctx.saved_tensors
-        return _rescaled(operators, gradient, upstream, pending), *(None,) * 12
+        return rescaled(operators, gradient, upstream, pending), *(None,) * 12
 
     return backward
 
@@ -117,7 +117,7 @@ class _Loss(torch.autograd.Function):
         if upstream is None:
             return None, None, None, None
         gradient, pending = ctx.saved_tensors
-        return _rescaled(ctx.operators, gradient, upstream, pending), None, None, None
+        return rescaled(ctx.operators, gradient, upstream, pending), None, None, None
 
 
 def _fake_outputs(student_logits: Tensor, reduction: str, with_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,8 +168,12 @@ if not load_error:
     register_backend("native", "kd_")
 
 
-def _as_tensor(numbers: tuple[float, ...]) -> Tensor:
+def scalars_of(o: Options) -> Tensor:
     """(8) float64 on the CPU. Traced, by arithmetic alone, which keeps a changing number out of the graph's guards."""
+    numbers = (
+        o.beta, o.temperature, o.kd_weight, o.ce_weight, o.label_smoothing, o.z_loss,
+        o.student_softcap or 0.0, o.teacher_softcap or 0.0,
+    )  # fmt: skip
     if not torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=torch.float64)
     one = torch.ones((), dtype=torch.float64)
@@ -188,12 +192,8 @@ def fused_kd_loss(
 ) -> tuple[Tensor, KDStats | None]:
     """Same contract as :func:`fastkd.eager.eager_kd_loss`, by the operators of a registered backend."""
     o, operators = options, registered[backend]
-    numbers = (
-        o.beta, o.temperature, o.kd_weight, o.ce_weight, o.label_smoothing, o.z_loss,
-        o.student_softcap or 0.0, o.teacher_softcap or 0.0,
-    )  # fmt: skip
     arguments = (
-        teacher_logits, labels, token_weights, temperature, num_items, _as_tensor(numbers), o.divergence,
+        teacher_logits, labels, token_weights, temperature, num_items, scalars_of(o), o.divergence,
         o.scale_by_t2, o.ignore_index, o.reduction, o.return_stats,
     )  # fmt: skip
     with_gradient = student_logits.requires_grad and torch.is_grad_enabled()

@@ -27,11 +27,12 @@ CORE_MAY_IMPORT = {"torch", "fastkd"}
 # modules of the core, lowest first: each may import from the rows above its own
 CORE_ORDER = (
     {"_C"},
-    {"checks", "divergence", "stats"},
-    {"options"},
+    {"checks", "divergence", "products", "stats"},
+    {"linear_checks", "options"},
     {"eager", "ops"},
-    {"backends"},
-    {"functional"},
+    {"backends", "linear_chunks"},
+    {"functional", "linear_eager"},
+    {"linear"},
     {"modules"},
     {"__init__"},
 )

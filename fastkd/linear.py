@@ -1,0 +1,162 @@
+"""The public linear loss: hidden states and head weights in, never all logits at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, linear_checks
+from .backends import select_backend
+from .linear_chunks import DEFAULT_BUDGET, Call, linear_kd
+from .linear_eager import eager_linear
+from .ops import scalars_of
+from .options import Options, check_options
+from .products import logits_dtype_for
+from .stats import KDStats
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    chunk_size: int | str = "auto",
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    scale_by_t2: bool = True,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    ignore_index: int = -100,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    vocab: str = "error",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, KDStats]:
+    r"""The loss of :func:`fastkd.kd_loss` from hidden states: logits exist for one chunk of rows at a time.
+
+    The same value and gradients as ``kd_loss(F.linear(student_hidden, student_weight, student_bias), ...)``. Forward
+    computes the gradients of hidden states, weight and bias beside the value (four matrix products a chunk, two where
+    no gradient is asked for), and backward only scales them.
+
+    Args:
+        student_hidden: ``(..., H)`` fp32, bf16 or fp16 (fp64 with the eager backend).
+        student_weight: ``(V, H)``, same dtype, or any under ``torch.autocast``. May be shared with an embedding, may
+            be computed from other tensors (a head with LoRA: pass the merged ``W + scale * B @ A``), may be frozen,
+            which saves its product. A weight that FSDP2 shards must be passed where it is gathered: inside the forward
+            of the module that owns it.
+        teacher_hidden, teacher_weight: ``(..., H')`` and ``(V, H')``, of a dtype of their own, without gradient; H'
+            may differ. ``teacher_weight`` may be ``student_weight.detach()``.
+        labels: ``(...)`` int64. Tokens equal to ``ignore_index`` have no loss and gradient 0. On the CPU they are left
+            out before the first product; on an accelerator, where their number is not known without waiting for it,
+            they cost their products: leave them out of the hidden states there if they are many.
+        student_bias, teacher_bias: ``(V)``.
+        teacher_logits: ``(..., V)`` in place of ``teacher_hidden`` and ``teacher_weight``.
+        chunk_size: rows of a chunk, or ``auto``: as many as ``memory_budget`` holds.
+        memory_budget: bytes for the logits of a chunk, of both models; 256 MB if not given. The gradient of a 16-bit
+            weight, accumulated in fp32, needs 2 bytes an element more than the gradient itself.
+        logits_dtype: float32, or the dtype of the hidden states. By default float32, except for bf16 on devices that
+            cannot write the product of bf16 matrices as float32, the CPU among them: bfloat16 there, as in the model.
+        divergence ... backend: as for :func:`fastkd.kd_loss`. There is no ``inplace``: no logits of the caller's exist.
+
+    Returns:
+        As :func:`fastkd.kd_loss`. With ``reduction="none"`` the gradients depend on the upstream of each row: backward
+        computes the logits again there, which makes six products in all.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or value; the message names it.
+        RuntimeError: an explicit ``backend`` that cannot run, with the reason; a second derivative.
+    """
+    temperatures = temperature if isinstance(temperature, Tensor) else None
+    options = Options(
+        divergence, beta, 1.0 if isinstance(temperature, Tensor) else temperature, scale_by_t2, kd_weight, ce_weight,
+        label_smoothing, z_loss, student_softcap, teacher_softcap, ignore_index, reduction, vocab, False,
+        return_stats, backend,
+    )  # fmt: skip
+    check_options(options)
+    linear_checks.check_chunks(chunk_size, memory_budget)
+    student = (student_hidden, student_weight, student_bias)
+    teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
+    autocast_dtype = _check_models(student, teacher, vocab, logits_dtype)
+    per_token = _check_per_token(student_hidden, labels, token_weights, temperatures, ce_weight)
+    num_items = None
+    if num_items_in_batch is not None:
+        num_items = checks.check_num_items(num_items_in_batch, reduction, student_hidden.device)
+    name = _backend(backend, student_hidden, teacher_hidden, teacher_logits, autocast_dtype, logits_dtype)
+    head = teacher_logits.shape[-1] if teacher_weight is None else teacher_weight.shape[0]  # type: ignore[union-attr]
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        checks.check_values_on_cpu(min(student_weight.shape[0], head), labels, temperatures, ignore_index)
+    flat = lambda x: None if x is None else x.reshape(-1, x.shape[-1])  # noqa: E731
+    call = Call(
+        flat(student_hidden), student_weight, student_bias, flat(teacher_hidden), teacher_weight, teacher_bias,
+        flat(teacher_logits), *per_token, num_items, scalars_of(options), divergence, scale_by_t2, ignore_index,
+        reduction, return_stats, name, autocast_dtype, logits_dtype, 0 if chunk_size == "auto" else chunk_size,
+        memory_budget or DEFAULT_BUDGET, _needs(student),
+    )  # fmt: skip
+    loss, stats = eager_linear(call, options) if name == "eager" else _fused(call)
+    lead = student_hidden.shape[:-1]
+    if reduction == "none":
+        loss = loss.reshape(lead)
+    return loss if stats is None else (loss, KDStats(*(x.reshape(lead) for x in stats)))
+
+
+def _needs(student: tuple[Tensor | None, ...]) -> list[bool]:
+    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in student]
+
+
+def _fused(call: Call) -> tuple[Tensor, KDStats | None]:
+    loss, _, _, _, _, stats = linear_kd(*call)
+    return loss, KDStats(*stats.unbind(0)) if call.with_stats else None
+
+
+def _check_models(student: tuple, teacher: tuple, vocab: str, logits_dtype: torch.dtype | None) -> torch.dtype | None:
+    """Both heads and their fit; returns the dtype of autocast, None where it is off."""
+    device = getattr(student[0], "device", torch.device("cpu")).type
+    autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    linear_checks.check_head("student", *student, autocast=autocast_dtype is not None)
+    linear_checks.check_teacher(*teacher, autocast=autocast_dtype is not None)
+    hidden, weight, _, logits = teacher
+    source, teacher_vocab = (logits, logits.shape[-1]) if logits is not None else (hidden, weight.shape[0])
+    linear_checks.check_pair(student[0], student[1].shape[0], source, teacher_vocab, vocab)
+    operands = autocast_dtype if autocast_dtype and student[0].dtype != torch.float64 else student[0].dtype
+    linear_checks.check_logits_dtype(logits_dtype, operands)
+    return autocast_dtype
+
+
+def _check_per_token(
+    hidden: Tensor, labels: Tensor | None, token_weights: Tensor | None, temperatures: Tensor | None, ce_weight: float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The three, flattened to (N)."""
+    if labels is None and ce_weight != 0:
+        raise ValueError(f"ce_weight={ce_weight!r} needs labels; got labels=None")
+    named = (("labels", labels), ("token_weights", token_weights), ("temperature", temperatures))
+    for name, x in named:
+        if x is not None:
+            dtypes = (torch.int64,) if name == "labels" else checks.FLOATS
+            checks.check_per_token(name, x, hidden, dtypes, like="student_hidden")
+    flat = lambda x: None if x is None else x.reshape(-1)  # noqa: E731
+    return flat(labels), flat(token_weights), flat(temperatures)
+
+
+def _backend(backend, student_hidden, teacher_hidden, teacher_logits, autocast_dtype, logits_dtype) -> str:
+    """Name of the backend that takes the logits that will be made."""
+
+    def logits_like(hidden: Tensor) -> Tensor:
+        operands = autocast_dtype if autocast_dtype and hidden.dtype != torch.float64 else hidden.dtype
+        return hidden.new_empty(0, dtype=logits_dtype_for(operands, hidden.device, logits_dtype))
+
+    teacher = logits_like(teacher_hidden) if teacher_logits is None else teacher_logits
+    return select_backend(backend, logits_like(student_hidden), teacher)

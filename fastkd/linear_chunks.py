@@ -1,0 +1,331 @@
+"""torch.ops.fastkd.linear_kd: loss and gradients from hidden states and head weights, a chunk of rows at a time.
+
+Forward makes the logits of a chunk, turns the student's into their gradient in place, and adds that to the gradients of
+hidden states, weight and bias before the next chunk overwrites it. Backward only scales.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .products import WeightGradient, hidden_gradient, logits_dtype_for, project
+
+DEFAULT_BUDGET = 256_000_000  # bytes
+
+
+def chunk_rows(rows: int, vocab: int, dtypes: tuple[torch.dtype, ...], budget: int) -> int:
+    """Rows of a chunk: as many as the logits of both models (``dtypes``) of ``vocab`` columns fit into ``budget``
+    bytes, evened out over the chunks, in multiples of 16 where there are that many; at least 1."""
+    most = max(1, budget // (vocab * sum(dtype.itemsize for dtype in dtypes)))
+    if rows <= most:
+        return max(1, rows)
+    most = most // 16 * 16 or most
+    even = -(-rows // -(-rows // most))
+    return min(most, -(-even // 16) * 16)
+
+
+class Model(NamedTuple):
+    """Where the logits of one model come from: a head, or logits as they are."""
+
+    weight: Tensor | None  # (V, H), cut to the common vocabulary
+    bias: Tensor | None  # (V)
+    logits: Tensor | None  # (N, V)
+    dtype: torch.dtype  # of the operands
+    logits_dtype: torch.dtype
+
+    @property
+    def vocab(self) -> int:
+        return self.logits.shape[1] if self.weight is None else self.weight.shape[0]
+
+    def buffer(self, rows: int) -> Tensor | None:
+        """(rows, V) for the logits of a chunk; None where they are given."""
+        return None if self.weight is None else self.weight.new_empty(rows, self.vocab, dtype=self.logits_dtype)
+
+    def logits_of(self, hidden: Tensor, buffer: Tensor) -> Tensor:
+        """(R, V) in the buffer, of hidden (R, H) in the operands' dtype."""
+        logits = buffer[: hidden.shape[0]]
+        project(logits, hidden, self.weight, self.bias)
+        return logits
+
+
+def model_of(
+    weight: Tensor | None, bias: Tensor | None, logits: Tensor | None, vocab: int,
+    autocast_dtype: torch.dtype | None, logits_dtype: torch.dtype | None,
+) -> Model:  # fmt: skip
+    """Operands cut to ``vocab`` columns; under autocast in its dtype, which costs a copy of the weight as it does there."""
+    if logits is not None:
+        return Model(None, None, logits[:, :vocab], logits.dtype, logits.dtype)
+    assert weight is not None
+    dtype = autocast_dtype if autocast_dtype and weight.dtype != torch.float64 else weight.dtype
+    bias = None if bias is None else bias[:vocab]
+    weight = weight[:vocab].to(dtype)
+    return Model(weight, bias, None, dtype, logits_dtype_for(dtype, weight.device, logits_dtype))
+
+
+class Selection(NamedTuple):
+    """Which rows are computed. CPU: the rows that are not ignored, by index. Elsewhere their number is not known
+    without waiting for the device: all rows, of which the kernels skip the ignored ones."""
+
+    index: Tensor | None  # (M) int64; None: all rows
+    ignored: Tensor | None  # (N) bool, where ignored rows are among those computed
+    count: int
+
+    def take(self, x: Tensor | None, rows: slice) -> Tensor | None:
+        """x[rows] of the selection, along the first dimension; a copy where rows were left out."""
+        if x is None:
+            return None
+        return x[rows] if self.index is None else x.index_select(0, self.index[rows])
+
+    def put(self, into: Tensor, rows: slice, values: Tensor, dim: int = 0) -> None:
+        """The inverse of take, into (N, ...) or with dim=1 (., N)."""
+        if self.index is None:
+            into.narrow(dim, rows.start, rows.stop - rows.start).copy_(values)
+        else:
+            into.index_copy_(dim, self.index[rows], values.to(into.dtype))
+
+
+def select_rows(labels: Tensor | None, ignore_index: int, rows: int) -> Selection:
+    """The rows that must be computed."""
+    if labels is None:
+        return Selection(None, None, rows)
+    ignored = labels == ignore_index
+    if labels.device.type != "cpu":
+        return Selection(None, ignored, rows)
+    if not ignored.any():
+        return Selection(None, None, rows)
+    index = (~ignored).nonzero().squeeze(1)
+    return Selection(index, None, index.shape[0])
+
+
+class Call(NamedTuple):
+    """Arguments of the operator, in its order. N rows; per-row tensors (N), logits (N, V)."""
+
+    student_hidden: Tensor  # (N, H)
+    student_weight: Tensor  # (V, H)
+    student_bias: Tensor | None
+    teacher_hidden: Tensor | None  # (N, H') with teacher_weight, or teacher_logits
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    teacher_logits: Tensor | None
+    labels: Tensor | None
+    token_weights: Tensor | None
+    temperatures: Tensor | None
+    num_items: Tensor | None
+    scalars: Tensor  # as for kd_forward
+    divergence: str
+    scale_by_t2: bool
+    ignore_index: int
+    reduction: str
+    with_stats: bool
+    backend: str
+    autocast_dtype: torch.dtype | None
+    logits_dtype: torch.dtype | None
+    chunk_size: int  # rows; 0: from memory_budget
+    memory_budget: int  # bytes
+    needs: list[bool]  # which gradients: hidden, weight, bias
+
+    @property
+    def of_the_sum(self) -> bool:
+        """Gradients of fp16 tensors are kept in fp32 and of the sum: those of the mean may be 0 as an fp16 operand."""
+        return torch.float16 in (self.autocast_dtype, self.student_hidden.dtype)
+
+    @property
+    def with_gradient(self) -> bool:
+        """``none`` makes no gradients in forward: they depend on the upstream of each row."""
+        return any(self.needs) and self.reduction != "none"
+
+    def models(self) -> tuple[Model, Model]:
+        """Student and teacher with their common vocabulary."""
+        head = self.teacher_logits.shape[1] if self.teacher_weight is None else self.teacher_weight.shape[0]
+        common = (min(self.student_weight.shape[0], head), self.autocast_dtype, self.logits_dtype)
+        return (
+            model_of(self.student_weight, self.student_bias, None, *common),
+            model_of(self.teacher_weight, self.teacher_bias, self.teacher_logits, *common),
+        )
+
+    def denominator(self) -> Tensor:
+        """0-d fp32: what the reduction over the whole batch divides by; 1 where that is 0."""
+        rows, new = self.student_hidden.shape[0], self.student_hidden.new_ones
+        total = new((), dtype=torch.float32)
+        if self.reduction == "mean":
+            total = self.num_items
+            if total is None:
+                weights = new(rows, dtype=torch.float32) if self.token_weights is None else self.token_weights.float()
+                if self.labels is not None:
+                    weights = weights.masked_fill(self.labels == self.ignore_index, 0.0)
+                total = weights.sum()
+        return torch.where(total == 0, 1.0, total.float())
+
+
+_SCHEMA = (
+    "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, "
+    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_logits, Tensor? labels, Tensor? token_weights, "
+    "Tensor? temperatures, Tensor? num_items, Tensor scalars, str divergence, bool scale_by_t2, int ignore_index, "
+    "str reduction, bool with_stats, str backend, ScalarType? autocast_dtype, ScalarType? logits_dtype, "
+    "SymInt chunk_size, SymInt memory_budget, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def kept_dtype(x: Tensor) -> torch.dtype:
+    """Dtype in which the gradient of ``x`` waits for backward."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+class Gradients:
+    """Sums of the gradients over chunks of rows; None where one is not wanted."""
+
+    def __init__(self, call: Call, selection: Selection) -> None:
+        wanted = call.needs if call.with_gradient else [False] * 3
+        hidden, weight, bias = call.student_hidden, call.student_weight, call.student_bias
+        new = hidden.new_empty if selection.index is None else hidden.new_zeros
+        self.hidden = new(hidden.shape, dtype=kept_dtype(hidden)) if wanted[0] else None
+        self.weight = WeightGradient(weight, kept_dtype(weight)) if wanted[1] else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
+
+    def add(self, gradient: Tensor, hidden: Tensor, weight: Tensor, selection: Selection, rows: slice) -> None:
+        """gradient: (R, V') of a chunk's logits; hidden: its (R, H); weight: (V', H)."""
+        if self.hidden is not None:
+            selection.put(self.hidden, rows, hidden_gradient(gradient, weight))
+        if self.weight is not None:
+            self.weight.add(gradient, hidden)
+        if self.bias is not None:
+            self.bias[: gradient.shape[1]] += gradient.sum(0, dtype=torch.float32)
+
+    def results(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """As the operator returns them: (0) where not wanted."""
+        empty = call.student_hidden.new_empty
+        return (
+            empty(0) if self.hidden is None else self.hidden,
+            empty(0) if self.weight is None else self.weight.result(),
+            empty(0) if self.bias is None else self.bias.to(kept_dtype(call.student_bias)),
+        )
+
+
+class _Chunks:
+    """The loop over chunks of one call."""
+
+    def __init__(self, call: Call) -> None:
+        self.call, (self.student, self.teacher) = call, call.models()
+        self.selection = select_rows(call.labels, call.ignore_index, call.student_hidden.shape[0])
+        self.denominator = call.denominator()
+        self.operators = ops.registered[call.backend]
+        reduction = "sum" if call.reduction == "mean" and call.of_the_sum else call.reduction
+        self.numbers = (call.scalars, call.divergence, call.scale_by_t2, call.ignore_index, reduction, call.with_stats)
+        self.num_items = self.denominator if reduction == "mean" else None
+        vocab, dtypes = self.student.vocab, (self.student.logits_dtype, self.teacher.logits_dtype)
+        rows = call.chunk_size or chunk_rows(self.selection.count, vocab, dtypes, call.memory_budget)
+        self.step = max(1, min(rows, self.selection.count))
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The operator's results."""
+        call, new, rows = self.call, self.call.student_hidden.new_zeros, self.call.student_hidden.shape[0]
+        loss = new(rows if call.reduction == "none" else (), dtype=torch.float32)
+        stats = new((5, rows) if call.with_stats else (0,), dtype=torch.float32)
+        sums = Gradients(call, self.selection)
+        student_buffer, teacher_buffer = self.student.buffer(self.step), self.teacher.buffer(self.step)
+        for start in range(0, self.selection.count, self.step):
+            chunk = slice(start, min(start + self.step, self.selection.count))
+            value, part = self._one(chunk, student_buffer, teacher_buffer, sums)
+            if call.reduction == "none":
+                self.selection.put(loss, chunk, value)
+            else:
+                loss += value
+            if call.with_stats:
+                self.selection.put(stats, chunk, part, dim=1)
+        del student_buffer, teacher_buffer  # before a 16-bit weight's gradient is rounded into a tensor of its own
+        pending = 1 / self.denominator if call.of_the_sum else torch.ones_like(self.denominator)
+        return loss * pending, *sums.results(call), pending, stats
+
+    def _one(self, chunk: slice, student_buffer, teacher_buffer, sums: Gradients) -> tuple[Tensor, Tensor]:
+        """Value and stats of a chunk; its gradients go into ``sums``."""
+        call, take = self.call, self.selection.take
+        hidden = take(call.student_hidden, chunk)
+        labels = take(call.labels, chunk)
+        if self.selection.ignored is not None:  # NaN there times a gradient of 0 would be NaN
+            hidden = hidden.masked_fill(self.selection.ignored[chunk, None], 0.0)
+        hidden = hidden.to(self.student.dtype)
+        logits = self.student.logits_of(hidden, student_buffer)
+        teacher = take(self.teacher.logits, chunk)
+        if teacher is None:
+            teacher = self.teacher.logits_of(take(call.teacher_hidden, chunk).to(self.teacher.dtype), teacher_buffer)
+        per_row = (labels, take(call.token_weights, chunk), take(call.temperatures, chunk))
+        arguments = (teacher, *per_row, self.num_items, *self.numbers)
+        if not call.with_gradient:
+            value, _, _, part = self.operators.forward(logits, *arguments, False)
+            return value, part
+        value, _, part = self.operators.forward_(logits, *arguments)
+        sums.add(logits, hidden, self.student.weight, self.selection, chunk)
+        return value, part
+
+
+@torch.library.custom_op("fastkd::linear_kd", mutates_args=(), schema=_SCHEMA)
+def linear_kd(*arguments):
+    """-> loss; gradients of hidden states, weight and bias, (0) where not wanted; pending, with which these must still
+    be multiplied; stats (5, N) or (0)."""
+    call = Call(*arguments)
+    with torch.autocast(call.student_hidden.device.type, enabled=False):
+        return _Chunks(call).run()
+
+
+@linear_kd.register_fake
+def _fake(*arguments):
+    call = Call(*arguments)
+    new, rows = call.student_hidden.new_empty, call.student_hidden.shape[0]
+    gradients = (
+        new((0,)) if x is None or not (wanted and call.with_gradient) else new(x.shape, dtype=kept_dtype(x))
+        for x, wanted in zip((call.student_hidden, call.student_weight, call.student_bias), call.needs)
+    )
+    loss = new((rows,) if call.reduction == "none" else (), dtype=torch.float32)
+    pending, stats = new((), dtype=torch.float32), new((5, rows) if call.with_stats else (0,), dtype=torch.float32)
+    return loss, *gradients, pending, stats
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    call = Call(*inputs)
+    _, *gradients, pending, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*gradients, pending, stats)
+    tensors = [x for x in call if isinstance(x, Tensor)]
+    if call.reduction == "none":
+        ctx.save_for_backward(*tensors)
+    else:
+        ctx.save_for_backward(*gradients, pending)
+    ctx.call = Call(*(None if isinstance(x, Tensor) else x for x in call))
+    ctx.present = [isinstance(x, Tensor) for x in call]
+    ctx.dtypes = [None if x is None else x.dtype for x in call[:3]]
+
+
+def _gradients_of_rows(ctx, upstream: Tensor) -> tuple:
+    """Gradients and pending for an upstream of its own for each row, which is a weight of the row: computed anew."""
+    saved = iter(ctx.saved_tensors)
+    call = Call(*(next(saved) if there else x for x, there in zip(ctx.call, ctx.present)))
+    weights = upstream if call.token_weights is None else upstream * call.token_weights
+    anew = call._replace(token_weights=weights.float(), reduction="sum", with_stats=False)
+    _, *gradients, pending, _ = torch.ops.fastkd.linear_kd(*anew)
+    return (*gradients, pending)
+
+
+def _backward(ctx, upstream: Tensor | None, *_unused: Tensor | None):
+    none = (None,) * (len(Call._fields) - 3)
+    if upstream is None:
+        return (None, None, None, *none)
+    if torch.is_grad_enabled():
+        raise RuntimeError(ops.DOUBLE_BACKWARD)
+    operators = ops.registered[ctx.call.backend]
+    if ctx.call.reduction == "none":
+        *gradients, pending = _gradients_of_rows(ctx, upstream)
+        upstream = torch.ones_like(pending)
+    else:
+        *gradients, pending = ctx.saved_tensors
+    scaled = (
+        ops.rescaled(operators, gradient, upstream, pending).to(dtype) if wanted and dtype is not None else None
+        for gradient, wanted, dtype in zip(gradients, ctx.call.needs, ctx.dtypes)
+    )
+    return (*scaled, *none)
+
+
+linear_kd.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,64 @@
+"""The linear loss by torch operations and autograd: any device, up to fp64. Logits of a chunk are computed again in
+backward instead of being kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .eager import eager_kd_loss
+from .linear_chunks import Call, Model, chunk_rows
+from .options import Options
+from .stats import KDStats
+
+
+def _recomputed(function: Callable, *tensors: Tensor | None):
+    """function(*tensors), called again in backward. torch.func transforms have no hooks for that: called once there."""
+    if torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def _logits(model: Model, hidden: Tensor) -> Tensor:
+    cast = lambda x: None if x is None else x.to(model.logits_dtype)  # noqa: E731
+    return F.linear(hidden.to(model.dtype).to(model.logits_dtype), cast(model.weight), cast(model.bias))
+
+
+def eager_linear(call: Call, options: Options) -> tuple[Tensor, KDStats | None]:
+    """Loss and stats (N) of the arguments of the operator; scalars are taken from the options."""
+    with torch.autocast(call.student_hidden.device.type, enabled=False):
+        return _run(call, options)
+
+
+def _run(call: Call, options: Options) -> tuple[Tensor, KDStats | None]:
+    (student, teacher), rows = call.models(), call.student_hidden.shape[0]
+    each = options._replace(reduction="none", return_stats=True)
+
+    def one(hidden, weight, bias, teacher_part, labels, token_weights, temperatures):
+        logits = _logits(student._replace(weight=weight, bias=bias), hidden)
+        if teacher.logits is None:
+            teacher_part = _logits(teacher, teacher_part)
+        loss, stats = eager_kd_loss(logits, teacher_part, labels, token_weights, temperatures, None, each)
+        return loss, torch.stack(stats)
+
+    dtypes = (student.logits_dtype, teacher.logits_dtype)
+    step = call.chunk_size or chunk_rows(rows, student.vocab, dtypes, call.memory_budget)
+    source = call.teacher_hidden if teacher.logits is None else teacher.logits
+    per_row = (source, call.labels, call.token_weights, call.temperatures)
+    losses, stats = [], []
+    for start in range(0, max(rows, 1), max(step, 1)):
+        piece = slice(start, start + step)
+        teacher_part, *others = (None if x is None else x[piece] for x in per_row)
+        value, part = _recomputed(
+            one, call.student_hidden[piece], student.weight, student.bias, teacher_part, *others
+        )
+        losses.append(value)
+        stats.append(part)
+    loss = torch.cat(losses)
+    if options.reduction != "none":
+        loss = loss.sum() / call.denominator().to(loss.dtype)
+    return loss, KDStats(*torch.cat(stats, 1).unbind(0)) if options.return_stats else None
