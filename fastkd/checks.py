@@ -64,9 +64,7 @@ def check_per_token(
     if x.shape != student_logits.shape[:-1]:
         raise ValueError(f"{name} must have one value a token, shape {shape}; got {describe(x)}")
     if x.device != student_logits.device:
-        raise ValueError(
-            f"{name} must be on the device of {like} ({student_logits.device}); got {describe(x)}"
-        )
+        raise ValueError(f"{name} must be on the device of {like} ({student_logits.device}); got {describe(x)}")
     if x.requires_grad:
         raise ValueError(f"{name} must not require grad: the loss has no gradient for it; pass {name}.detach()")
 

@@ -16,7 +16,6 @@ from .options import Options, check_options
 from .stats import KDStats
 
 
-
 @functools.lru_cache(maxsize=1024, typed=True)  # typed: True must not pass where 1 did
 def _check_options_cached(*options: Any) -> None:
     check_options(Options(*options))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks, linear_checks
 from .backends import select_backend
-from .linear_chunks import DEFAULT_BUDGET, Call, linear_kd
+from .linear_chunks import DEFAULT_BUDGET, Call, fused_linear
 from .linear_eager import eager_linear
 from .ops import scalars_of
 from .options import Options, check_options
@@ -100,13 +100,14 @@ def linear_kd_loss(
     if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         checks.check_values_on_cpu(min(student_weight.shape[0], head), labels, temperatures, ignore_index)
     flat = lambda x: None if x is None else x.reshape(-1, x.shape[-1])  # noqa: E731
+    rows = 0 if isinstance(chunk_size, str) else chunk_size
     call = Call(
-        flat(student_hidden), student_weight, student_bias, flat(teacher_hidden), teacher_weight, teacher_bias,
-        flat(teacher_logits), *per_token, num_items, scalars_of(options), divergence, scale_by_t2, ignore_index,
-        reduction, return_stats, name, autocast_dtype, logits_dtype, 0 if chunk_size == "auto" else chunk_size,
+        student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias, flat(teacher_hidden),
+        teacher_weight, teacher_bias, flat(teacher_logits), *per_token, num_items, scalars_of(options), divergence,
+        scale_by_t2, ignore_index, reduction, return_stats, name, autocast_dtype, logits_dtype, rows,
         memory_budget or DEFAULT_BUDGET, _needs(student),
     )  # fmt: skip
-    loss, stats = eager_linear(call, options) if name == "eager" else _fused(call)
+    loss, stats = eager_linear(call, options) if name == "eager" else fused_linear(call)
     lead = student_hidden.shape[:-1]
     if reduction == "none":
         loss = loss.reshape(lead)
@@ -117,21 +118,19 @@ def _needs(student: tuple[Tensor | None, ...]) -> list[bool]:
     return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in student]
 
 
-def _fused(call: Call) -> tuple[Tensor, KDStats | None]:
-    loss, _, _, _, _, stats = linear_kd(*call)
-    return loss, KDStats(*stats.unbind(0)) if call.with_stats else None
-
-
 def _check_models(student: tuple, teacher: tuple, vocab: str, logits_dtype: torch.dtype | None) -> torch.dtype | None:
     """Both heads and their fit; returns the dtype of autocast, None where it is off."""
-    device = getattr(student[0], "device", torch.device("cpu")).type
+    student_hidden, student_weight, student_bias = student
+    hidden, weight, bias, logits = teacher
+    device = getattr(student_hidden, "device", torch.device("cpu")).type
     autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    linear_checks.check_head("student", *student, autocast=autocast_dtype is not None)
-    linear_checks.check_teacher(*teacher, autocast=autocast_dtype is not None)
-    hidden, weight, _, logits = teacher
+    autocast = autocast_dtype is not None
+    linear_checks.check_head("student", student_hidden, student_weight, student_bias, autocast)
+    linear_checks.check_teacher(hidden, weight, bias, logits, autocast)
     source, teacher_vocab = (logits, logits.shape[-1]) if logits is not None else (hidden, weight.shape[0])
-    linear_checks.check_pair(student[0], student[1].shape[0], source, teacher_vocab, vocab)
-    operands = autocast_dtype if autocast_dtype and student[0].dtype != torch.float64 else student[0].dtype
+    linear_checks.check_pair(student_hidden, student_weight.shape[0], source, teacher_vocab, vocab)
+    dtype = student_hidden.dtype
+    operands = autocast_dtype if autocast_dtype and dtype != torch.float64 else dtype
     linear_checks.check_logits_dtype(logits_dtype, operands)
     return autocast_dtype
 

@@ -1,4 +1,4 @@
-"""Checks of the arguments that only the linear loss has. Each error names the argument, what came and what is allowed."""
+"""Checks of the arguments that only the linear loss has, as those of checks.py."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ hidden states, weight and bias before the next chunk overwrites it. Backward onl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from . import ops
 from .products import WeightGradient, hidden_gradient, logits_dtype_for, project
+from .stats import KDStats
 
 DEFAULT_BUDGET = 256_000_000  # bytes
 
@@ -34,12 +37,9 @@ class Model(NamedTuple):
     weight: Tensor | None  # (V, H), cut to the common vocabulary
     bias: Tensor | None  # (V)
     logits: Tensor | None  # (N, V)
+    vocab: int  # V
     dtype: torch.dtype  # of the operands
     logits_dtype: torch.dtype
-
-    @property
-    def vocab(self) -> int:
-        return self.logits.shape[1] if self.weight is None else self.weight.shape[0]
 
     def buffer(self, rows: int) -> Tensor | None:
         """(rows, V) for the logits of a chunk; None where they are given."""
@@ -47,6 +47,7 @@ class Model(NamedTuple):
 
     def logits_of(self, hidden: Tensor, buffer: Tensor) -> Tensor:
         """(R, V) in the buffer, of hidden (R, H) in the operands' dtype."""
+        assert self.weight is not None
         logits = buffer[: hidden.shape[0]]
         project(logits, hidden, self.weight, self.bias)
         return logits
@@ -56,17 +57,18 @@ def model_of(
     weight: Tensor | None, bias: Tensor | None, logits: Tensor | None, vocab: int,
     autocast_dtype: torch.dtype | None, logits_dtype: torch.dtype | None,
 ) -> Model:  # fmt: skip
-    """Operands cut to ``vocab`` columns; under autocast in its dtype, which costs a copy of the weight as it does there."""
+    """Operands cut to ``vocab`` columns; under autocast in its dtype, which copies the weight, as a layer does."""
     if logits is not None:
-        return Model(None, None, logits[:, :vocab], logits.dtype, logits.dtype)
+        return Model(None, None, logits[:, :vocab], vocab, logits.dtype, logits.dtype)
     assert weight is not None
     dtype = autocast_dtype if autocast_dtype and weight.dtype != torch.float64 else weight.dtype
     bias = None if bias is None else bias[:vocab]
     weight = weight[:vocab].to(dtype)
-    return Model(weight, bias, None, dtype, logits_dtype_for(dtype, weight.device, logits_dtype))
+    return Model(weight, bias, None, vocab, dtype, logits_dtype_for(dtype, weight.device, logits_dtype))
 
 
-class Selection(NamedTuple):
+@dataclass(frozen=True)
+class Selection:
     """Which rows are computed. CPU: the rows that are not ignored, by index. Elsewhere their number is not known
     without waiting for the device: all rows, of which the kernels skip the ignored ones."""
 
@@ -74,10 +76,8 @@ class Selection(NamedTuple):
     ignored: Tensor | None  # (N) bool, where ignored rows are among those computed
     count: int
 
-    def take(self, x: Tensor | None, rows: slice) -> Tensor | None:
+    def take(self, x: Tensor, rows: slice) -> Tensor:
         """x[rows] of the selection, along the first dimension; a copy where rows were left out."""
-        if x is None:
-            return None
         return x[rows] if self.index is None else x.index_select(0, self.index[rows])
 
     def put(self, into: Tensor, rows: slice, values: Tensor, dim: int = 0) -> None:
@@ -140,7 +140,8 @@ class Call(NamedTuple):
 
     def models(self) -> tuple[Model, Model]:
         """Student and teacher with their common vocabulary."""
-        head = self.teacher_logits.shape[1] if self.teacher_weight is None else self.teacher_weight.shape[0]
+        given, weight = self.teacher_logits, self.teacher_weight
+        head = given.shape[1] if given is not None else weight.shape[0] if weight is not None else 0
         common = (min(self.student_weight.shape[0], head), self.autocast_dtype, self.logits_dtype)
         return (
             model_of(self.student_weight, self.student_bias, None, *common),
@@ -150,14 +151,14 @@ class Call(NamedTuple):
     def denominator(self) -> Tensor:
         """0-d fp32: what the reduction over the whole batch divides by; 1 where that is 0."""
         rows, new = self.student_hidden.shape[0], self.student_hidden.new_ones
-        total = new((), dtype=torch.float32)
-        if self.reduction == "mean":
-            total = self.num_items
-            if total is None:
-                weights = new(rows, dtype=torch.float32) if self.token_weights is None else self.token_weights.float()
-                if self.labels is not None:
-                    weights = weights.masked_fill(self.labels == self.ignore_index, 0.0)
-                total = weights.sum()
+        if self.reduction != "mean":
+            return new((), dtype=torch.float32)
+        total = self.num_items
+        if total is None:
+            weights = new(rows, dtype=torch.float32) if self.token_weights is None else self.token_weights.float()
+            if self.labels is not None:
+                weights = weights.masked_fill(self.labels == self.ignore_index, 0.0)
+            total = weights.sum()
         return torch.where(total == 0, 1.0, total.float())
 
 
@@ -185,6 +186,7 @@ class Gradients:
         self.hidden = new(hidden.shape, dtype=kept_dtype(hidden)) if wanted[0] else None
         self.weight = WeightGradient(weight, kept_dtype(weight)) if wanted[1] else None
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
+        self.bias_dtype = None if bias is None else kept_dtype(bias)
 
     def add(self, gradient: Tensor, hidden: Tensor, weight: Tensor, selection: Selection, rows: slice) -> None:
         """gradient: (R, V') of a chunk's logits; hidden: its (R, H); weight: (V', H)."""
@@ -195,13 +197,13 @@ class Gradients:
         if self.bias is not None:
             self.bias[: gradient.shape[1]] += gradient.sum(0, dtype=torch.float32)
 
-    def results(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    def results(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the operator returns them: (0) where not wanted."""
-        empty = call.student_hidden.new_empty
+        empty = like.new_empty
         return (
             empty(0) if self.hidden is None else self.hidden,
             empty(0) if self.weight is None else self.weight.result(),
-            empty(0) if self.bias is None else self.bias.to(kept_dtype(call.student_bias)),
+            empty(0) if self.bias is None else self.bias.to(self.bias_dtype),
         )
 
 
@@ -238,26 +240,29 @@ class _Chunks:
                 self.selection.put(stats, chunk, part, dim=1)
         del student_buffer, teacher_buffer  # before a 16-bit weight's gradient is rounded into a tensor of its own
         pending = 1 / self.denominator if call.of_the_sum else torch.ones_like(self.denominator)
-        return loss * pending, *sums.results(call), pending, stats
+        return loss * pending, *sums.results(call.student_hidden), pending, stats
 
     def _one(self, chunk: slice, student_buffer, teacher_buffer, sums: Gradients) -> tuple[Tensor, Tensor]:
         """Value and stats of a chunk; its gradients go into ``sums``."""
         call, take = self.call, self.selection.take
         hidden = take(call.student_hidden, chunk)
-        labels = take(call.labels, chunk)
         if self.selection.ignored is not None:  # NaN there times a gradient of 0 would be NaN
             hidden = hidden.masked_fill(self.selection.ignored[chunk, None], 0.0)
         hidden = hidden.to(self.student.dtype)
         logits = self.student.logits_of(hidden, student_buffer)
-        teacher = take(self.teacher.logits, chunk)
-        if teacher is None:
+        if self.teacher.logits is not None:
+            teacher = take(self.teacher.logits, chunk)
+        else:
+            assert call.teacher_hidden is not None
             teacher = self.teacher.logits_of(take(call.teacher_hidden, chunk).to(self.teacher.dtype), teacher_buffer)
-        per_row = (labels, take(call.token_weights, chunk), take(call.temperatures, chunk))
+        each = (call.labels, call.token_weights, call.temperatures)
+        per_row = (None if x is None else take(x, chunk) for x in each)
         arguments = (teacher, *per_row, self.num_items, *self.numbers)
         if not call.with_gradient:
             value, _, _, part = self.operators.forward(logits, *arguments, False)
             return value, part
         value, _, part = self.operators.forward_(logits, *arguments)
+        assert self.student.weight is not None
         sums.add(logits, hidden, self.student.weight, self.selection, chunk)
         return value, part
 
@@ -284,48 +289,80 @@ def _fake(*arguments):
     return loss, *gradients, pending, stats
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    call = Call(*inputs)
-    _, *gradients, pending, stats = output
+def _save(ctx, call: Call, gradients: tuple[Tensor, ...], pending: Tensor) -> None:
+    """For backward: the gradients; for ``none``, which makes them there, the arguments."""
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*gradients, pending, stats)
-    tensors = [x for x in call if isinstance(x, Tensor)]
-    if call.reduction == "none":
-        ctx.save_for_backward(*tensors)
-    else:
-        ctx.save_for_backward(*gradients, pending)
-    ctx.call = Call(*(None if isinstance(x, Tensor) else x for x in call))
-    ctx.present = [isinstance(x, Tensor) for x in call]
+    none = call.reduction == "none"
+    ctx.present = [none and isinstance(x, Tensor) for x in call]
+    ctx.call = Call._make(None if isinstance(x, Tensor) else x for x in call)
     ctx.dtypes = [None if x is None else x.dtype for x in call[:3]]
+    tensors = (x for x in call if isinstance(x, Tensor)) if none else (*gradients, pending)
+    ctx.save_for_backward(*tensors)
 
 
-def _gradients_of_rows(ctx, upstream: Tensor) -> tuple:
-    """Gradients and pending for an upstream of its own for each row, which is a weight of the row: computed anew."""
+def _gradients_of_rows(ctx, upstream: Tensor) -> tuple[Tensor, ...]:
+    """Gradients and pending for an upstream of its own for each row, which is a weight of the row."""
     saved = iter(ctx.saved_tensors)
-    call = Call(*(next(saved) if there else x for x, there in zip(ctx.call, ctx.present)))
+    call = Call._make(next(saved) if there else x for x, there in zip(ctx.call, ctx.present))
     weights = upstream if call.token_weights is None else upstream * call.token_weights
     anew = call._replace(token_weights=weights.float(), reduction="sum", with_stats=False)
     _, *gradients, pending, _ = torch.ops.fastkd.linear_kd(*anew)
     return (*gradients, pending)
 
 
-def _backward(ctx, upstream: Tensor | None, *_unused: Tensor | None):
-    none = (None,) * (len(Call._fields) - 3)
+def _backward_by(ctx, upstream: Tensor | None, rescale: Callable) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden states, weight and bias; rescale(operators, gradient, upstream, pending)."""
     if upstream is None:
-        return (None, None, None, *none)
+        return None, None, None
     if torch.is_grad_enabled():
         raise RuntimeError(ops.DOUBLE_BACKWARD)
-    operators = ops.registered[ctx.call.backend]
     if ctx.call.reduction == "none":
         *gradients, pending = _gradients_of_rows(ctx, upstream)
         upstream = torch.ones_like(pending)
     else:
         *gradients, pending = ctx.saved_tensors
-    scaled = (
-        ops.rescaled(operators, gradient, upstream, pending).to(dtype) if wanted and dtype is not None else None
+    operators = ops.registered[ctx.call.backend]
+    return tuple(
+        rescale(operators, gradient, upstream, pending).to(dtype) if wanted and dtype is not None else None
         for gradient, wanted, dtype in zip(gradients, ctx.call.needs, ctx.dtypes)
     )
-    return (*scaled, *none)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, *gradients, pending, stats = output
+    ctx.mark_non_differentiable(*gradients, pending, stats)
+    _save(ctx, Call(*inputs), gradients, pending)
+
+
+def _backward(ctx, upstream: Tensor | None, *_unused: Tensor | None):
+    """Of the operator, whose outputs, the gradients among them, belong to the caller: scaled into copies."""
+    rescale = lambda operators, *tensors: operators.rescale(*tensors)  # noqa: E731
+    return (*_backward_by(ctx, upstream, rescale), *(None,) * (len(Call._fields) - 3))
 
 
 linear_kd.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Loss(torch.autograd.Function):
+    """The operator under autograd outside a trace: nobody else holds the gradients, which are scaled in place."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, rest: tuple):
+        call = Call._make((hidden, weight, bias, *rest))
+        loss, *gradients, pending, stats = linear_kd(*call)
+        _save(ctx, call, gradients, pending)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor | None, _stats: None):
+        return (*_backward_by(ctx, upstream, ops.rescaled), None)
+
+
+def fused_linear(call: Call) -> tuple[Tensor, KDStats | None]:
+    """Loss and stats (N), differentiable with respect to the student's tensors."""
+    if torch.compiler.is_compiling() or not any(call.needs):
+        loss, *_, stats = linear_kd(*call)
+    else:
+        loss, stats = _Loss.apply(*call[:3], tuple(call[3:]))
+    return loss, KDStats(*stats.unbind(0)) if call.with_stats else None

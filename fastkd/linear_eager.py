@@ -24,8 +24,9 @@ def _recomputed(function: Callable, *tensors: Tensor | None):
 
 
 def _logits(model: Model, hidden: Tensor) -> Tensor:
-    cast = lambda x: None if x is None else x.to(model.logits_dtype)  # noqa: E731
-    return F.linear(hidden.to(model.dtype).to(model.logits_dtype), cast(model.weight), cast(model.bias))
+    assert model.weight is not None
+    bias = None if model.bias is None else model.bias.to(model.logits_dtype)
+    return F.linear(hidden.to(model.dtype).to(model.logits_dtype), model.weight.to(model.logits_dtype), bias)
 
 
 def eager_linear(call: Call, options: Options) -> tuple[Tensor, KDStats | None]:
@@ -39,10 +40,13 @@ def _run(call: Call, options: Options) -> tuple[Tensor, KDStats | None]:
     each = options._replace(reduction="none", return_stats=True)
 
     def one(hidden, weight, bias, teacher_part, labels, token_weights, temperatures):
+        if labels is not None:  # NaN in an ignored row times a gradient of 0 would be NaN
+            hidden = hidden.masked_fill((labels == options.ignore_index).unsqueeze(1), 0.0)
         logits = _logits(student._replace(weight=weight, bias=bias), hidden)
         if teacher.logits is None:
             teacher_part = _logits(teacher, teacher_part)
         loss, stats = eager_kd_loss(logits, teacher_part, labels, token_weights, temperatures, None, each)
+        assert stats is not None
         return loss, torch.stack(stats)
 
     dtypes = (student.logits_dtype, teacher.logits_dtype)
@@ -53,9 +57,7 @@ def _run(call: Call, options: Options) -> tuple[Tensor, KDStats | None]:
     for start in range(0, max(rows, 1), max(step, 1)):
         piece = slice(start, start + step)
         teacher_part, *others = (None if x is None else x[piece] for x in per_row)
-        value, part = _recomputed(
-            one, call.student_hidden[piece], student.weight, student.bias, teacher_part, *others
-        )
+        value, part = _recomputed(one, call.student_hidden[piece], student.weight, student.bias, teacher_part, *others)
         losses.append(value)
         stats.append(part)
     loss = torch.cat(losses)

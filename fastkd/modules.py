@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -102,7 +104,7 @@ class LinearKDLoss(nn.Module):
         labels: Tensor | None = None,
         *,
         temperature: Tensor | float | None = None,
-        **tensors: Tensor | int | None,
+        **tensors: Any,
     ) -> Tensor | tuple[Tensor, KDStats]:
         """Shapes and errors as in :func:`fastkd.linear_kd_loss`; ``temperature`` overrides the module's for this call,
         ``tensors`` are ``student_bias``, ``teacher_bias``, ``teacher_logits``, ``token_weights``,
