@@ -87,7 +87,7 @@ def test_opcheck(situation: dict, native: str) -> None:
 
 def test_every_operator_was_checked(native: str) -> None:
     registered = {name.removeprefix("fastkd::") for name in torch._C._dispatch_get_all_op_names() if "fastkd::" in name}
-    assert registered == set(OPERATORS)
+    assert registered == {*OPERATORS, "linear_kd"}  # that one in test_linear_autograd.py
     called = {name for situation in SITUATIONS.values() for name, _ in _calls(situation)}
     assert called == set(OPERATORS)
 
