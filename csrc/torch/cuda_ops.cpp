@@ -1,5 +1,7 @@
 // The CUDA implementations of torch.ops.fastkd. Nothing here waits for the device; launches go to the current stream of
 // the logits' device. A label or a temperature out of range makes its row's loss and gradient NaN.
+#include <cstdlib>
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -27,6 +29,15 @@ GpuLimits limits_of(int32_t device) {
   return limits;
 }
 
+// FASTKD_CUDA_VARIANT: the kernels to take where a row fits them, for tests and measurements.
+std::optional<Variant> wanted_variant() {
+  const char* name = std::getenv("FASTKD_CUDA_VARIANT");
+  if (!name || !*name) return std::nullopt;
+  const auto variant = variant_of(name);
+  STD_TORCH_CHECK(variant, "FASTKD_CUDA_VARIANT=", name, " is not known; allowed: warp, block, cluster, streaming");
+  return variant;
+}
+
 struct Cuda {
   static Outputs loss(LossParams p, const Tensor& student, const Tensor& teacher, RowTensors rows, const Scalars& o) {
     const int32_t device = student.get_device_index();
@@ -39,7 +50,7 @@ struct Cuda {
     call.loss = static_cast<float*>(out.loss.mutable_data_ptr());
     call.pending = static_cast<float*>(out.pending.mutable_data_ptr());
     call.params = p;
-    const Plan plan = plan_call(p, limits_of(device));
+    const Plan plan = plan_call(p, limits_of(device), wanted_variant());
     const Tensor workspace = new_tensor(student, {workspace_bytes(p, call.reduction, plan)}, ScalarType::Byte);
     call.workspace = const_cast<void*>(workspace.const_data_ptr());
     check(run_loss_cuda(call, plan, current_stream(device)));

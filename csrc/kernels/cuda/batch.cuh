@@ -58,20 +58,17 @@ FASTKD_KERNEL(256, 3) rescale_kernel(FASTKD_CONSTANT CudaRescale call) {
   rows.columns = p.columns;
   rows.student = rows.teacher = p.source;
   rows.gradient = p.gradient;
-  const RowView view(rows, call.access, n);
+  const RowView view(rows, call.access, n, block_threads());
   const Team team{thread_index(), block_threads(), static_cast<int>(block_index() % call.splits), call.splits};
-  const auto scale = [&](const Chunk& c, DType dtype, DType, const Place& at, bool whole) {
-    float d[kMaxWidth] = {};
-#pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      if (4 * q >= at.n) continue;
-      const Quad x = unpack(c.student, dtype, q);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) d[4 * q + i] = factor == 1 ? x.value[i] : factor * x.value[i];
+  stream<false>(view, team, [&](const Chunk& c, const Place& at) {
+    Vector stored{};
+    for (int q = 0; 4 * q < at.n; ++q) {
+      Quad x = unpack(c.student, view.student_dtype, q);
+      for (int i = 0; i < 4; ++i) x.value[i] *= factor;
+      view.put(stored, x, q);
     }
-    view.store_gradient(at, whole, d);
-  };
-  stream<false>(view, team, scale);
+    view.store_gradient(at, stored);
+  });
 }
 
 }  // namespace gpu

@@ -13,7 +13,7 @@ struct CallScales {
 
 // How wide the accesses of a row are.
 struct Access {
-  int width = 8;        // columns of a chunk: 8 where both models are stored in 2 bytes a column, else 4
+  int width = 8;        // columns of a chunk: 8 where both models are vectors of 2 bytes a column, else 4
   bool vectors = true;  // else the rows begin at different places between two boundaries: one column at a time
 };
 

@@ -16,6 +16,8 @@ template <Divergence kDivergenceOf, bool kRichOf>
 struct Kind {
   static constexpr Divergence kDivergence = kDivergenceOf;
   static constexpr bool kRich = kRichOf;
+  // Threads of a resident block, which bound its registers: 80 and 128.
+  static constexpr int kMostThreads = kRichOf ? 512 : 768;
   static constexpr bool kMixed = kDivergenceOf == Divergence::forward_kl || kDivergenceOf == Divergence::symmetric_kl;
   static constexpr bool kBothDots = kDivergenceOf == Divergence::symmetric_kl;
   // Its sweeps ask the special-function unit for more than it gives while the row is loaded.
@@ -27,6 +29,7 @@ struct RowConstants {
   RowOptions options;
   Softening softening;
   Hard hard;
+  int power;    // T where hard is a power of the tempered exponential, 1 where it is that itself
   float slack;  // exponents may rise above their reference by this much before the sums are restated
   float student_softcap, teacher_softcap;
   bool needs_hard, smoothing, stats;
@@ -47,12 +50,13 @@ struct RowConstants {
     const bool good_temperature = t > 0 && t < -minus_infinity();
     softening = {t, kLog2e / t};
     hard = hard_source(t, needs_hard);
+    power = hard == Hard::square || hard == Hard::power ? static_cast<int>(t) : 1;
     slack = t > 8 ? 48 / t : 6;  // 2^(T slack) times any number of columns is finite
     bool good_label = true;
     if (p.labels) {
       const int64_t y = load(p.labels + n);
       good_label = y >= 0 && y < p.columns;
-      if (needs_hard && good_label) label = y;
+      if (needs_hard && good_label) label = static_cast<int>(y);
     }
     if (!good_temperature || !good_label) token_weight = 0 * minus_infinity();
   }
@@ -68,51 +72,59 @@ struct RowConstants {
 
 FASTKD_DEVICE float largest_of(const Quad& x) { return max(max(x.value[0], x.value[1]), max(x.value[2], x.value[3])); }
 
-FASTKD_DEVICE float power_of(float e, int power) {
-  float product = e;
-  for (int k = 1; k < power; ++k) product *= e;
+// 2^(T y) from e = 2^y, of four columns.
+FASTKD_DEVICE Quad hard_exponentials(const RowConstants& r, const Quad& e, const Quad& y) {
+  const float t = r.options.temperature;
+  if (r.hard == Hard::own)
+    return {{exp2(t * y.value[0]), exp2(t * y.value[1]), exp2(t * y.value[2]), exp2(t * y.value[3])}};
+  Quad product = e;
+#pragma unroll 1
+  for (int k = 1; k < r.power; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) product.value[i] *= e.value[i];
+  }
   return product;
 }
 
-// 2^(T y) from e = 2^y.
-FASTKD_DEVICE float hard_exponential(const RowConstants& r, float e, float y) {
-  if (r.hard == Hard::square) return e * e;
-  if (r.hard == Hard::power) return power_of(e, static_cast<int>(r.options.temperature));
-  return r.hard == Hard::own ? exp2(r.options.temperature * y) : e;
+FASTKD_DEVICE void add_statistics(Piece& piece, const Quad& s, const Quad& t, const Quad& y_s, const Quad& y_t,
+                                  const Quad& e_s, const Quad& e_t, int first, int stride) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    piece.entropy_s += weigh(e_s.value[i], y_s.value[i]);
+    piece.entropy_t += weigh(e_t.value[i], y_t.value[i]);
+    if (s.value[i] > piece.top_s.logit) piece.top_s = {s.value[i], first + i * stride};
+    if (t.value[i] > piece.top_t.logit) piece.top_t = {t.value[i], first + i * stride};
+  }
 }
 
 // First sweep. s, t: capped logits, the first n of them columns of the row, the rest masked.
 template <class K>
-FASTKD_DEVICE void add_columns(Piece& piece, const Quad& s, const Quad& t, int64_t first, int stride, int n,
+FASTKD_DEVICE void add_columns(Piece& piece, const Quad& s, const Quad& t, int first, int stride, int n,
                                const RowConstants& r) {
   const float largest_s = largest_of(s), largest_t = largest_of(t), slope = r.softening.slope;
   if ((largest_s - piece.largest_s) * slope > r.slack || (largest_t - piece.largest_t) * slope > r.slack)
     piece.rebase(max(largest_s, piece.largest_s), max(largest_t, piece.largest_t), r.softening);
   const Exponent<float> exponent_s = r.softening.relative_to(piece.largest_s);
   const Exponent<float> exponent_t = r.softening.relative_to(piece.largest_t);
-  float y_s[4], e_s[4];
+  Quad y_s, e_s, y_t, e_t;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    y_s[i] = exponent_s(s.value[i]);
-    const float y_t = exponent_t(t.value[i]);
-    e_s[i] = exp2(y_s[i]);
-    const float e_t = K::kTeacherByPolynomial ? exp2_by_polynomial(y_t) : exp2(y_t);
-    piece.sum_s += e_s[i];
-    piece.sum_t += e_t;
-    if (K::kMixed) piece.dot_t += weigh(e_t, y_t - y_s[i]);
-    if (K::kBothDots) piece.dot_s += weigh(e_s[i], y_s[i] - y_t);
-    if (K::kRich && r.stats) {
-      piece.entropy_s += weigh(e_s[i], y_s[i]);
-      piece.entropy_t += weigh(e_t, y_t);
-      if (s.value[i] > piece.top_s.logit) piece.top_s = {s.value[i], first + i * stride};
-      if (t.value[i] > piece.top_t.logit) piece.top_t = {t.value[i], first + i * stride};
-    }
-    if (K::kRich && r.smoothing && i < n) piece.linear_s += y_s[i];
+    y_s.value[i] = exponent_s(s.value[i]);
+    y_t.value[i] = exponent_t(t.value[i]);
+    e_s.value[i] = exp2(y_s.value[i]);
+    e_t.value[i] = K::kTeacherByPolynomial ? exp2_by_polynomial(y_t.value[i]) : exp2(y_t.value[i]);
+    piece.sum_s += e_s.value[i];
+    piece.sum_t += e_t.value[i];
+    if (K::kMixed) piece.dot_t += weigh(e_t.value[i], y_t.value[i] - y_s.value[i]);
+    if (K::kBothDots) piece.dot_s += weigh(e_s.value[i], y_s.value[i] - y_t.value[i]);
+    if (K::kRich && r.smoothing && i < n) piece.linear_s += y_s.value[i];
   }
   if (K::kRich) piece.columns += static_cast<float>(n);
+  if (K::kRich && r.stats) add_statistics(piece, s, t, y_s, y_t, e_s, e_t, first, stride);
   if (r.hard == Hard::none) return;
+  const Quad hard = hard_exponentials(r, e_s, y_s);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) piece.sum_hard += hard_exponential(r, e_s[i], y_s[i]);
+  for (int i = 0; i < 4; ++i) piece.sum_hard += hard.value[i];
 }
 
 FASTKD_DEVICE Column<float> column_at(float s, float t, const RowState& row, const RowConstants& r) {
@@ -134,39 +146,39 @@ FASTKD_DEVICE void add_terms(TermSums& sums, const Quad& s, const Quad& t, const
 
 // Last sweep: d of four columns, see GradientCoefficients. c.hard is 0 where there is no cross-entropy.
 template <class K>
-FASTKD_DEVICE Quad gradient_of(const Quad& s, const Quad& t, int64_t first, int stride, const RowState& row,
+FASTKD_DEVICE Quad gradient_of(const Quad& s, const Quad& t, int first, int stride, const RowState& row,
                                const RowConstants& r) {
   const GradientCoefficients& c = row.c;
   const Exponent<float> exponent_s = r.softening.relative_to(row.largest_s);
   const Exponent<float> exponent_t = r.softening.relative_to(row.largest_t);
-  Quad d;
-  float y_s[4], e_s[4];
+  Quad d, y_s, e_s;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    y_s[i] = exponent_s(s.value[i]);
+    y_s.value[i] = exponent_s(s.value[i]);
     if constexpr (K::kMixed) {
       const float y_t = exponent_t(t.value[i]);
-      e_s[i] = exp2(y_s[i]);
+      e_s.value[i] = exp2(y_s.value[i]);
       d.value[i] = c.teacher * exp2(y_t) + c.constant;
       if constexpr (K::kBothDots) {
-        const float by_ratio = c.ratio == 0 ? 0.0f : c.ratio * (y_t - y_s[i]);
-        d.value[i] += weigh(e_s[i], by_ratio + c.student);
+        const float by_ratio = c.ratio == 0 ? 0.0f : c.ratio * (y_t - y_s.value[i]);
+        d.value[i] += weigh(e_s.value[i], by_ratio + c.student);
       } else {
-        d.value[i] += c.student * e_s[i];
+        d.value[i] += c.student * e_s.value[i];
       }
     } else {
       const Column<float> column = column_at(s.value[i], t.value[i], row, r);
-      e_s[i] = column.q * row.sum_s;
+      e_s.value[i] = column.q * row.sum_s;
       const Term<float> term = DivergenceTerm<K::kDivergence>::at(column, r.options.beta, r.options.beta_rest);
-      d.value[i] = c.dlogq * term.dlogq + c.student * e_s[i] + c.constant;
+      d.value[i] = c.dlogq * term.dlogq + c.student * e_s.value[i] + c.constant;
     }
   }
   if (c.hard != 0) {
+    const Quad hard = hard_exponentials(r, e_s, y_s);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) d.value[i] += c.hard * hard_exponential(r, e_s[i], y_s[i]);
+    for (int i = 0; i < 4; ++i) d.value[i] += c.hard * hard.value[i];
   }
-  const int64_t at = r.label - first;
-  if (r.label >= 0 && at >= 0 && at <= 3 * static_cast<int64_t>(stride)) {
+  const int at = r.label - first;  // a row without a label has none of this column
+  if (at >= 0 && at <= 3 * stride) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (at == i * stride) d.value[i] += c.label;

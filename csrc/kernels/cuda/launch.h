@@ -17,7 +17,7 @@ struct CudaCall {
 // The limits of a device, asked once. Returns what went wrong, or null.
 const char* gpu_limits(int device, GpuLimits* limits);
 
-Plan plan_call(const LossParams& params, const GpuLimits& gpu);
+Plan plan_call(const LossParams& params, const GpuLimits& gpu, std::optional<Variant> wanted = std::nullopt);
 int64_t workspace_bytes(const LossParams& params, Reduction reduction, const Plan& plan);
 
 // Both enqueue on the stream and return what went wrong, or null.

@@ -6,47 +6,49 @@
 namespace fastkd {
 namespace gpu {
 
-FASTKD_DEVICE float sum_lanes(float x) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += shuffle_xor(kAllLanes, x, lanes);
-  return x;
-}
-
-FASTKD_DEVICE float largest_lane(float x) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = max(shuffle_xor(kAllLanes, x, lanes), x);
-  return x;
-}
-
-FASTKD_DEVICE Top top_lane(Top top) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    const Top other{shuffle_xor(kAllLanes, top.logit, lanes), shuffle_xor(kAllLanes, top.column, lanes)};
-    if (other.logit > top.logit || (other.logit == top.logit && other.column < top.column)) top = other;
-  }
-  return top;
-}
-
 // The pieces of a warp's lanes as one, in every lane.
 template <class K>
 FASTKD_DEVICE Piece merge_lanes(Piece p, const RowConstants& r) {
-  p.rebase(largest_lane(p.largest_s), largest_lane(p.largest_t), r.softening);
-  p.sum_s = sum_lanes(p.sum_s);
-  p.sum_t = sum_lanes(p.sum_t);
-  p.sum_hard = r.hard == Hard::none ? p.sum_s : sum_lanes(p.sum_hard);
-  if (K::kMixed) p.dot_t = sum_lanes(p.dot_t);
-  if (K::kBothDots) p.dot_s = sum_lanes(p.dot_s);
-  if (K::kRich) {
-    p.columns = sum_lanes(p.columns);
-    if (r.smoothing) p.linear_s = sum_lanes(p.linear_s);
-    if (r.stats) {
-      p.entropy_s = sum_lanes(p.entropy_s);
-      p.entropy_t = sum_lanes(p.entropy_t);
-      p.top_s = top_lane(p.top_s);
-      p.top_t = top_lane(p.top_t);
-    }
+  float largest_s = p.largest_s, largest_t = p.largest_t;
+#pragma unroll 1
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    largest_s = max(shuffle_xor(kAllLanes, largest_s, lanes), largest_s);
+    largest_t = max(shuffle_xor(kAllLanes, largest_t, lanes), largest_t);
   }
+  p.rebase(largest_s, largest_t, r.softening);
+  const auto add = [](float& x, int lanes) { x += shuffle_xor(kAllLanes, x, lanes); };
+  const auto take_top = [](Top& top, int lanes) {
+    const Top other{shuffle_xor(kAllLanes, top.logit, lanes), shuffle_xor(kAllLanes, top.column, lanes)};
+    if (other.logit > top.logit || (other.logit == top.logit && other.column < top.column)) top = other;
+  };
+#pragma unroll 1
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    add(p.sum_s, lanes);
+    add(p.sum_t, lanes);
+    add(p.sum_hard, lanes);
+    if (K::kMixed) add(p.dot_t, lanes);
+    if (K::kBothDots) add(p.dot_s, lanes);
+    if (!K::kRich) continue;
+    add(p.columns, lanes);
+    add(p.linear_s, lanes);
+    if (!r.stats) continue;
+    add(p.entropy_s, lanes);
+    add(p.entropy_t, lanes);
+    take_top(p.top_s, lanes);
+    take_top(p.top_t, lanes);
+  }
+  if (r.hard == Hard::none) p.sum_hard = p.sum_s;
   return p;
 }
 
-FASTKD_DEVICE TermSums merge_lanes(TermSums t) { return {sum_lanes(t.value), sum_lanes(t.dlogq)}; }
+FASTKD_DEVICE TermSums merge_lanes(TermSums t) {
+#pragma unroll 1
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    t.value += shuffle_xor(kAllLanes, t.value, lanes);
+    t.dlogq += shuffle_xor(kAllLanes, t.dlogq, lanes);
+  }
+  return t;
+}
 
 // The sums of a block's warps as one, in every lane of its first warp; other warps get their own.
 template <class Sums, class Merge>

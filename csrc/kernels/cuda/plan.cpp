@@ -8,6 +8,7 @@ namespace fastkd {
 namespace {
 
 constexpr int kWarpThreads = 32;
+constexpr int kColumns = 4;             // of a place that is no chunk of vectors
 constexpr int64_t kWarpColumns = 1024;  // up to here one warp a row
 constexpr int kWarpBlockThreads = 256;
 constexpr int kReserved = 1024;      // bytes of a multiprocessor's shared memory that each block costs besides its own
@@ -28,13 +29,18 @@ int64_t team_bytes(const Problem& p, int64_t scratch, int64_t chunks, int width)
          round_up(chunks * width * size_of(p.teacher), 16);
 }
 
+bool fits_a_warp(const Problem& p, const GpuLimits& gpu, int width) {
+  return team_bytes(p, kWarpScratchBytes, p.columns / width, width) <= gpu.shared_per_block;
+}
+
 Plan plan_warps(const Problem& p, const GpuLimits& gpu, Plan plan) {
   plan.variant = Variant::warp;
   plan.team_chunks = static_cast<int>(p.columns / plan.access.width);
   plan.team_bytes = static_cast<int>(team_bytes(p, kWarpScratchBytes, plan.team_chunks, plan.access.width));
   const int64_t wanted = kWarpBlockThreads / kWarpThreads;
   const int64_t spread = divide_up(p.rows, gpu.multiprocessors);  // few rows: a block with one rather than none
-  plan.rows_per_block = static_cast<int>(std::max<int64_t>(1, std::min(wanted, spread)));
+  const int64_t fitting = gpu.shared_per_block / plan.team_bytes;
+  plan.rows_per_block = static_cast<int>(std::max<int64_t>(1, std::min({wanted, spread, fitting})));
   plan.threads = plan.rows_per_block * kWarpThreads;
   plan.blocks = divide_up(p.rows, plan.rows_per_block);
   plan.shared_bytes = plan.rows_per_block * plan.team_bytes;
@@ -49,9 +55,10 @@ int64_t resident_bytes(const Problem& p, int width, int cluster, int* chunks) {
   return team_bytes(p, kBlockScratchBytes, *chunks, width);
 }
 
-// The smallest cluster whose slices let `blocks` of them share a multiprocessor; 0: none does.
-int cluster_for(const Problem& p, const GpuLimits& gpu, int width, int blocks) {
-  for (int cluster = 1; cluster <= gpu.largest_cluster; cluster *= 2) {
+// The smallest cluster, of `least` to `most` blocks, whose slices let `blocks` of them share a multiprocessor; 0: none
+// does.
+int cluster_for(const Problem& p, const GpuLimits& gpu, int width, int blocks, int least, int most) {
+  for (int cluster = least; cluster <= most; cluster *= 2) {
     int chunks = 0;
     const int64_t bytes = resident_bytes(p, width, cluster, &chunks);
     if (bytes <= gpu.shared_per_block && blocks * (bytes + kReserved) <= gpu.shared_per_multiprocessor) return cluster;
@@ -115,6 +122,7 @@ Access access_of(const Rows& student, const Rows& teacher, const Rows& gradient,
     const bool same = same_phase(student, *other, rows, width) || same_phase(*other, student, rows, width);
     access.vectors = access.vectors && same;
   }
+  if (!access.vectors) access.width = kColumns;
   return access;
 }
 
@@ -129,23 +137,58 @@ Split split_rows(int64_t rows, int64_t columns, int width, const GpuLimits& gpu)
   return split;
 }
 
-Plan plan_loss(const Problem& p, const GpuLimits& gpu) {
+Plan plan_call(const LossParams& p, const GpuLimits& gpu, std::optional<Variant> wanted) {
+  const Access access = access_of(p.student, p.teacher, p.gradient, p.rows);
+  const Problem problem{p.rows,
+                        p.columns,
+                        p.student.dtype,
+                        p.teacher.dtype,
+                        is_mixed_kl(p.options.divergence),
+                        p.gradient.data != nullptr,
+                        access.vectors};
+  return plan_loss(problem, gpu, wanted);
+}
+
+Plan plan_loss(const Problem& p, const GpuLimits& gpu, std::optional<Variant> wanted) {
   Plan plan;
-  plan.access = {width_of(p.student, p.teacher), p.aligned};
-  if (!p.aligned) return plan_streaming(p, gpu, plan, "the tensors' rows start at different 16-byte phases");
-  if (p.columns <= kWarpColumns) return plan_warps(p, gpu, plan);
+  plan.access = {p.aligned ? width_of(p.student, p.teacher) : kColumns, p.aligned};
+  if (!p.aligned)
+    return plan_streaming(p, gpu, plan, "the tensors' rows begin at different places between two boundaries");
+  if (wanted == Variant::streaming) return plan_streaming(p, gpu, plan, "asked for");
+  const bool warp =
+      wanted ? wanted == Variant::warp && fits_a_warp(p, gpu, plan.access.width) : p.columns <= kWarpColumns;
+  if (warp) return plan_warps(p, gpu, plan);
+  const int most = wanted == Variant::block ? 1 : gpu.largest_cluster;
+  const int least = wanted == Variant::cluster ? 2 : 1;
   int cluster = 0;
-  for (int blocks = 3; blocks >= 1 && cluster == 0; --blocks) cluster = cluster_for(p, gpu, plan.access.width, blocks);
+  for (int blocks = 3; blocks >= 1 && cluster == 0; --blocks)
+    cluster = cluster_for(p, gpu, plan.access.width, blocks, least, most);
   if (cluster == 0) {
     return plan_streaming(p, gpu, plan,
-                          gpu.largest_cluster > 1 ? "a row is larger than a cluster's shared memory"
-                                                  : "a row is larger than a block's shared memory");
+                          most > 1 ? "a row is larger than the shared memory of a cluster"
+                                   : "a row is larger than the shared memory of a block");
   }
   const bool fills = p.rows * cluster >= gpu.multiprocessors;
   const Split split = split_rows(p.rows, p.columns, plan.access.width, gpu);
-  if (!fills && split.splits > 2 * cluster)
+  if (!wanted && !fills && split.splits > 2 * cluster)
     return plan_streaming(p, gpu, plan, "few rows: each is split over more blocks than a cluster has");
   return plan_resident(p, gpu, cluster, plan);
+}
+
+std::optional<Variant> variant_of(const std::string& name) {
+  for (const Variant variant : {Variant::warp, Variant::block, Variant::cluster, Variant::streaming})
+    if (name == name_of(variant)) return variant;
+  return std::nullopt;
+}
+
+const char* name_of(Variant variant) {
+  switch (variant) {
+    case Variant::warp: return "warp";
+    case Variant::block: return "block";
+    case Variant::cluster: return "cluster";
+    case Variant::streaming: return "streaming";
+  }
+  return "";
 }
 
 }  // namespace fastkd

@@ -2,6 +2,7 @@
 // functions of the shape and the device; nothing here asks a driver.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "call.h"
@@ -18,6 +19,10 @@ struct GpuLimits {
 };
 
 enum class Variant { warp, block, cluster, streaming };
+
+// The variant of a name; nothing where there is none of that name.
+std::optional<Variant> variant_of(const std::string& name);
+const char* name_of(Variant variant);
 
 struct Plan {
   Variant variant = Variant::streaming;
@@ -41,7 +46,8 @@ struct Problem {
   bool aligned = true;  // rows of all tensors start at the same place between 16-byte boundaries
 };
 
-Plan plan_loss(const Problem& problem, const GpuLimits& gpu);
+// wanted: the variant to take where the row fits it, for tests and measurements.
+Plan plan_loss(const Problem& problem, const GpuLimits& gpu, std::optional<Variant> wanted = std::nullopt);
 
 // Width and kind of the accesses to rows of these tensors; gradient.data may be null.
 Access access_of(const Rows& student, const Rows& teacher, const Rows& gradient, int64_t rows);

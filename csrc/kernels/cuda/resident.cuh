@@ -12,6 +12,15 @@ namespace gpu {
 
 constexpr int kWaves = 4;  // groups of copies: the first is summed while the others are under way
 
+FASTKD_DEVICE void wait_for_wave(int wave) {
+  if (wave == 0) return copy_wait<3>();
+  if (wave == 1) return copy_wait<2>();
+  if (wave == 2) return copy_wait<1>();
+  copy_wait<0>();
+}
+
+FASTKD_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+
 // The part's chunks in shared memory, first the student's, then the teacher's.
 struct Stage {
   char* student;
@@ -48,56 +57,39 @@ struct Stage {
   }
 };
 
-// Calls f(chunk, student dtype, teacher dtype, place, whole) for the edges that belong to this thread.
-template <class F>
-FASTKD_DEVICE void for_edges(const RowView& view, const Team& team, const F& f) {
-  const bool head = team.has_head(), tail = team.has_tail();
-  for (int k = 0; head && 4 * k < view.head; ++k) {
-    const Place at = view.edge(0, view.head, k);
-    f(view.load_columns(at), DType::float32, DType::float32, at, false);
-  }
-  for (int k = 0; tail && 4 * k < view.tail(); ++k) {
-    const Place at = view.edge(view.columns - view.tail(), view.columns, k);
-    f(view.load_columns(at), DType::float32, DType::float32, at, false);
-  }
-}
-
+// What the sweeps do with a place's columns, four at a time: one copy of the arithmetic however the columns were
+// loaded.
 template <class K>
 struct Sweep {
   const RowView& view;
   const RowConstants& r;
 
-  // f(student, teacher, first column, stride, columns) for the quads of a chunk.
+  // f(student, teacher, quad, columns of it)
   template <class F>
-  FASTKD_DEVICE_METHOD void quads(const Chunk& chunk, DType ds, DType dt, const Place& at, const F& f) const {
-#pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      if (4 * q >= at.n) continue;
-      Quad s = unpack(chunk.student, ds, q), t = unpack(chunk.teacher, dt, q);
+  FASTKD_DEVICE_METHOD void quads(const Chunk& chunk, const Place& at, const F& f) const {
+#pragma unroll 1
+    for (int q = 0; 4 * q < at.n; ++q) {
+      Quad s = unpack(chunk.student, view.student_dtype, q), t = unpack(chunk.teacher, view.teacher_dtype, q);
       r.cap<K>(s, r.student_softcap);
       r.cap<K>(t, r.teacher_softcap);
       f(s, t, q, at.n - 4 * q < 4 ? at.n - 4 * q : 4);
     }
   }
-  FASTKD_DEVICE_METHOD void sum(Piece& piece, const Chunk& chunk, DType ds, DType dt, const Place& at) const {
-    quads(chunk, ds, dt, at, [&](const Quad& s, const Quad& t, int q, int n) {
-      add_columns<K>(piece, s, t, at.first + 4 * q * at.stride, at.stride, n, r);
+  FASTKD_DEVICE_METHOD void sum(Piece& piece, const Chunk& chunk, const Place& at) const {
+    quads(chunk, at, [&](const Quad& s, const Quad& t, int q, int n) {
+      add_columns<K>(piece, s, t, at.first + 4 * q, view.stride, n, r);
     });
   }
-  FASTKD_DEVICE_METHOD void term(TermSums& sums, const Chunk& chunk, DType ds, DType dt, const Place& at,
-                                 const RowState& row) const {
+  FASTKD_DEVICE_METHOD void term(TermSums& sums, const Chunk& chunk, const Place& at, const RowState& row) const {
     if constexpr (!K::kMixed)
-      quads(chunk, ds, dt, at, [&](const Quad& s, const Quad& t, int, int) { add_terms<K>(sums, s, t, row, r); });
+      quads(chunk, at, [&](const Quad& s, const Quad& t, int, int) { add_terms<K>(sums, s, t, row, r); });
   }
-  FASTKD_DEVICE_METHOD void gradient(const Chunk& chunk, DType ds, DType dt, const Place& at, bool whole,
-                                     const RowState& row) const {
-    float d[kMaxWidth] = {};
-    quads(chunk, ds, dt, at, [&](const Quad& s, const Quad& t, int q, int) {
-      const Quad four = gradient_of<K>(s, t, at.first + 4 * q * at.stride, at.stride, row, r);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) d[4 * q + i] = four.value[i];
+  FASTKD_DEVICE_METHOD void gradient(const Chunk& chunk, const Place& at, const RowState& row) const {
+    Vector stored{};
+    quads(chunk, at, [&](const Quad& s, const Quad& t, int q, int) {
+      view.put(stored, gradient_of<K>(s, t, at.first + 4 * q, view.stride, row, r), q);
     });
-    view.store_gradient(at, whole, d);
+    view.store_gradient(at, stored);
   }
 };
 
@@ -106,41 +98,44 @@ template <class K, bool kWarpTeam>
 FASTKD_DEVICE void resident_row(const CudaLoss& call, int64_t n, const Team& team, char* memory) {
   const LossParams& p = call.loss;
   if (p.labels && load(p.labels + n) == p.ignore_index) return ignore_row(p, n, team);
-  const RowView view(p, call.access, n);
+  const RowView view(p, call.access, n, team.lanes);
   const RowConstants r(p, n);
   const Sweep<K> sweep{view, r};
-  const DType ds = view.student_dtype, dt = view.teacher_dtype;
   auto* scratch = reinterpret_cast<TeamScratch<kWarpTeam>*>(memory);
   const Stage stage(memory + sizeof(*scratch), call.team_chunks, view);
-  const int begin = team.begin(view.chunks), end = team.end(view.chunks);
-  const int per_wave = ((end - begin + kWaves - 1) / kWaves + team.lanes - 1) / team.lanes * team.lanes;
-  const auto place = [&](int i) {
-    return Place{view.head + static_cast<int64_t>(begin + i) * view.access.width, view.access.width, 1};
+  const int begin = team.begin(view.chunks), chunks = team.end(view.chunks) - begin;
+  const int heads = team.heads(view.head), edges = heads + team.tails(view.tail());
+  // f(chunk, place) for this thread's edges (where with_edges) and chunks from `first` to `last` - 1 of the part
+  const auto sweep_part = [&](bool with_edges, int first, int last, const auto& f) {
+    int i = first + team.lane;
+#pragma unroll 1
+    for (int edge = with_edges ? 0 : edges; edge < edges || i < last;) {
+      const bool whole = edge >= edges;
+      const Place at = whole ? view.chunk(begin + i) : view.edge(edge, heads);
+      f(whole ? stage.load(i) : view.load_columns(at), at);
+      edge += whole ? 0 : 1;
+      i += whole ? team.lanes : 0;
+    }
   };
-  const auto last = [&](int wave) { return (wave + 1) * per_wave < end - begin ? (wave + 1) * per_wave : end - begin; };
 
-#pragma unroll
+  // chunks of a wave: each thread has as many in every wave but the last
+  const int wave_chunks = ((chunks + kWaves - 1) / kWaves + team.lanes - 1) / team.lanes * team.lanes;
+  const auto end_of = [&](int wave) { return min_of((wave + 1) * wave_chunks, chunks); };
+#pragma unroll 1
   for (int wave = 0; wave < kWaves; ++wave) {
-    for (int i = wave * per_wave + team.lane; i < last(wave); i += team.lanes) stage.copy(view, place(i).first, i);
+    for (int i = wave * wave_chunks + team.lane; i < end_of(wave); i += team.lanes)
+      stage.copy(view, view.chunk(begin + i).first, i);
     copy_commit();
   }
   const float label_logit = team.part == 0 && team.lane == 0 ? label_logit_of<K>(view, r) : 0;
 
   Piece piece;
-  for_edges(view, team,
-            [&](const Chunk& c, DType s, DType t, const Place& at, bool) { sweep.sum(piece, c, s, t, at); });
-  const auto sum_wave = [&](int wave) {
-    for (int i = wave * per_wave + team.lane; i < last(wave); i += team.lanes)
-      sweep.sum(piece, stage.load(i), ds, dt, place(i));
-  };
-  copy_wait<3>();
-  sum_wave(0);
-  copy_wait<2>();
-  sum_wave(1);
-  copy_wait<1>();
-  sum_wave(2);
-  copy_wait<0>();
-  sum_wave(3);
+#pragma unroll 1
+  for (int wave = 0; wave < kWaves; ++wave) {
+    wait_for_wave(wave);
+    sweep_part(wave == 0, wave * wave_chunks, end_of(wave),
+               [&](const Chunk& c, const Place& at) { sweep.sum(piece, c, at); });
+  }
 
   const auto merge_pieces = [&](const Piece& x) { return merge_lanes<K>(x, r); };
   piece = kWarpTeam ? merge_pieces(piece) : merge_warps(piece, scratch->warp_pieces, merge_pieces);
@@ -149,9 +144,7 @@ FASTKD_DEVICE void resident_row(const CudaLoss& call, int64_t n, const Team& tea
   TermSums terms;
   if constexpr (!K::kMixed) {
     row = broadcast<kWarpTeam>(row, &scratch->before_terms, team);
-    for_edges(view, team,
-              [&](const Chunk& c, DType s, DType t, const Place& at, bool) { sweep.term(terms, c, s, t, at, row); });
-    for (int i = team.lane; i < end - begin; i += team.lanes) sweep.term(terms, stage.load(i), ds, dt, place(i), row);
+    sweep_part(true, 0, chunks, [&](const Chunk& c, const Place& at) { sweep.term(terms, c, at, row); });
     const auto merge_terms = [](const TermSums& x) { return merge_lanes(x); };
     terms = kWarpTeam ? merge_terms(terms) : merge_warps(terms, scratch->warp_terms, merge_terms);
     if (!kWarpTeam) terms = merge_cluster(terms, &scratch->terms, team, merge_terms);
@@ -159,11 +152,7 @@ FASTKD_DEVICE void resident_row(const CudaLoss& call, int64_t n, const Team& tea
   if (team.lane == 0) row.c = finish<K>(p, call.scales, n, r, piece, terms, label_logit, team.part == 0);
   if (view.gradient) {
     row = broadcast<kWarpTeam>(row, &scratch->before_gradient, team);
-    for_edges(view, team, [&](const Chunk& c, DType s, DType t, const Place& at, bool whole) {
-      sweep.gradient(c, s, t, at, whole, row);
-    });
-    for (int i = team.lane; i < end - begin; i += team.lanes)
-      sweep.gradient(stage.load(i), ds, dt, place(i), true, row);
+    sweep_part(true, 0, chunks, [&](const Chunk& c, const Place& at) { sweep.gradient(c, at, row); });
     zero_gradient(p, n, p.columns, team);
   }
 }

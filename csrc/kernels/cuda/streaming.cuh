@@ -8,31 +8,34 @@
 namespace fastkd {
 namespace gpu {
 
-constexpr int kAhead = 2;  // chunks of both models under way in a thread: four loads of 16 bytes
-
-// f(chunk, student dtype, teacher dtype, place, whole) for this thread's columns of the row.
+// f(chunk, place) for this thread's columns of the row. Two chunks of both models are under way while a third is
+// computed: four loads of 16 bytes.
 template <bool kReadOnly, class F>
 FASTKD_DEVICE void stream(const RowView& view, const Team& team, const F& f) {
-  const int begin = team.begin(view.chunks), end = team.end(view.chunks);
-  for_edges(view, team, f);
-  if (!view.access.vectors) {
-    for (int base = begin; base < end; base += team.lanes) {
-      const Place at = view.place(base, end, team.lane, team.lanes);
-      if (at.n > 0) f(view.load_columns(at), DType::float32, DType::float32, at, false);
+  const int heads = team.heads(view.head), edges = heads + team.tails(view.tail());
+  const int end = team.end(view.chunks);
+  int base = team.begin(view.chunks), edge = 0;
+  const auto next = [&](Chunk& chunk) {
+    Place at{0, 0};
+    if (edge < edges) {
+      at = view.edge(edge++, heads);
+    } else if (base < end) {
+      at = view.place(base, end, team.lane);
+      base += team.lanes;
     }
-    return;
-  }
-  for (int64_t base = begin; base < end; base += static_cast<int64_t>(kAhead) * team.lanes) {
-    Chunk chunk[kAhead];
-    Place at[kAhead];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      at[k] = view.place(static_cast<int>(base) + k * team.lanes, end, team.lane, team.lanes);
-      if (at[k].n > 0) chunk[k] = view.template load_vectors<kReadOnly>(at[k]);
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k)
-      if (at[k].n > 0) f(chunk[k], view.student_dtype, view.teacher_dtype, at[k], true);
+    if (at.n > 0) chunk = view.template load_place<kReadOnly>(at);
+    return at;
+  };
+  Chunk now{}, then{}, later{};
+  Place at_now = next(now), at_then = next(then);
+#pragma unroll 1
+  while (at_now.n > 0) {
+    const Place at_later = next(later);
+    f(now, at_now);
+    now = then;
+    then = later;
+    at_now = at_then;
+    at_then = at_later;
   }
 }
 
@@ -52,32 +55,31 @@ FASTKD_DEVICE Sums merge_parts(const Sums* of_parts, int parts, int lane, const 
 }
 
 template <class K>
-FASTKD_KERNEL(256, 3)
+FASTKD_KERNEL(256, 2)
 stream_sums(FASTKD_CONSTANT CudaLoss call) {
   const LossParams& p = call.loss;
   const int64_t n = block_index() / call.splits;
   if (p.labels && load(p.labels + n) == p.ignore_index) return;
   const Team team = stream_team(call);
-  const RowView view(p, call.access, n);
+  const RowView view(p, call.access, n, team.lanes);
   const RowConstants r(p, n);
   const Sweep<K> sweep{view, r};
   if (team.part == 0 && team.lane == 0 && r.needs_hard) store(call.label_logits + n, label_logit_of<K>(view, r));
   Piece piece;
-  stream<true>(view, team,
-               [&](const Chunk& c, DType s, DType t, const Place& at, bool) { sweep.sum(piece, c, s, t, at); });
+  stream<true>(view, team, [&](const Chunk& c, const Place& at) { sweep.sum(piece, c, at); });
   Piece* of_warps = reinterpret_cast<TeamScratch<false>*>(shared_memory())->warp_pieces;
   piece = merge_warps(piece, of_warps, [&](const Piece& x) { return merge_lanes<K>(x, r); });
   if (team.lane == 0) store(call.pieces + n * call.splits + team.part, piece);
 }
 
 template <class K>
-FASTKD_KERNEL(256, 3)
+FASTKD_KERNEL(256, 2)
 stream_terms(FASTKD_CONSTANT CudaLoss call) {
   const LossParams& p = call.loss;
   const int64_t n = block_index() / call.splits;
   if (p.labels && load(p.labels + n) == p.ignore_index) return;
   const Team team = stream_team(call);
-  const RowView view(p, call.access, n);
+  const RowView view(p, call.access, n, team.lanes);
   const RowConstants r(p, n);
   const Sweep<K> sweep{view, r};
   auto* scratch = reinterpret_cast<TeamScratch<false>*>(shared_memory());
@@ -88,22 +90,21 @@ stream_terms(FASTKD_CONSTANT CudaLoss call) {
   }
   row = broadcast<false>(row, &scratch->before_terms, team);
   TermSums terms;
-  stream<true>(view, team,
-               [&](const Chunk& c, DType s, DType t, const Place& at, bool) { sweep.term(terms, c, s, t, at, row); });
+  stream<true>(view, team, [&](const Chunk& c, const Place& at) { sweep.term(terms, c, at, row); });
   terms = merge_warps(terms, scratch->warp_terms, [](const TermSums& x) { return merge_lanes(x); });
   if (team.lane == 0) store(call.terms + n * call.splits + team.part, terms);
 }
 
 // Loss and gradient. A block a row suffices where there is no gradient.
 template <class K>
-FASTKD_KERNEL(256, 3)
+FASTKD_KERNEL(256, 2)
 stream_finish(FASTKD_CONSTANT CudaLoss call) {
   const LossParams& p = call.loss;
   const bool wants_gradient = p.gradient.data != nullptr;
   const int64_t n = wants_gradient ? block_index() / call.splits : block_index();
   const Team team = wants_gradient ? stream_team(call) : Team{thread_index(), block_threads(), 0, 1};
   if (p.labels && load(p.labels + n) == p.ignore_index) return ignore_row(p, n, team);
-  const RowView view(p, call.access, n);
+  const RowView view(p, call.access, n, team.lanes);
   const RowConstants r(p, n);
   const Sweep<K> sweep{view, r};
   RowState row{};
@@ -123,9 +124,7 @@ stream_finish(FASTKD_CONSTANT CudaLoss call) {
   }
   if (!wants_gradient) return;
   row = broadcast<false>(row, &reinterpret_cast<TeamScratch<false>*>(shared_memory())->before_gradient, team);
-  stream<false>(view, team, [&](const Chunk& c, DType s, DType t, const Place& at, bool whole) {
-    sweep.gradient(c, s, t, at, whole, row);
-  });
+  stream<false>(view, team, [&](const Chunk& c, const Place& at) { sweep.gradient(c, at, row); });
   zero_gradient(p, n, p.columns, team);
 }
 

@@ -10,15 +10,13 @@
 namespace fastkd {
 namespace gpu {
 
-constexpr int kMaxWidth = 8;
-
-// Columns first, first + stride, ...: n of them. A place that is no chunk of vectors has at most four.
+// n columns from `first` on, one every RowView::stride: a chunk of vectors where n is the width of one, else four at
+// most.
 struct Place {
-  int64_t first;
-  int n, stride;
+  int first, n;
 };
 
-// Both models' columns of a place: the stored bits of a chunk of vectors, fp32 bits of any other.
+// Both models' columns of a place, as they are stored.
 struct Chunk {
   Vector student, teacher;
 };
@@ -33,31 +31,31 @@ FASTKD_DEVICE float load_column(const char* row, DType dtype, int64_t column) {
   return dtype == DType::bfloat16 ? from_bf16(bits) : from_fp16(bits);
 }
 
-FASTKD_DEVICE void store_column(char* row, DType dtype, int64_t column, float x) {
-  if (dtype == DType::float32) return store(reinterpret_cast<float*>(row) + column, x);
-  store(reinterpret_cast<uint16_t*>(row) + column, dtype == DType::bfloat16 ? to_bf16(x) : to_fp16(x));
-}
-
 // Columns 4 q ... 4 q + 3 of a chunk; q = 1 only where 8 columns are stored in 2 bytes each.
 FASTKD_DEVICE Quad unpack(const Vector& v, DType dtype, int q) {
-  Quad x;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t word = v.word[2 * q + i / 2];
-    if (dtype == DType::float32) {
-      x.value[i] = as_float(v.word[i]);
-    } else if (dtype == DType::bfloat16) {
-      x.value[i] = as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
-    } else {
-      x.value[i] = from_fp16(static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16));
-    }
+  if (dtype == DType::float32)
+    return {{as_float(v.word[0]), as_float(v.word[1]), as_float(v.word[2]), as_float(v.word[3])}};
+  const uint32_t low = q == 0 ? v.word[0] : v.word[2], high = q == 0 ? v.word[1] : v.word[3];
+  if (dtype == DType::bfloat16) {
+    return {{as_float(low << 16), as_float(low & 0xffff0000u), as_float(high << 16), as_float(high & 0xffff0000u)}};
   }
-  return x;
+  return {{from_fp16(static_cast<uint16_t>(low)), from_fp16(static_cast<uint16_t>(low >> 16)),
+           from_fp16(static_cast<uint16_t>(high)), from_fp16(static_cast<uint16_t>(high >> 16))}};
 }
 
-FASTKD_DEVICE HalfVector pack(float a, float b, float c, float d, DType dtype) {
-  if (dtype == DType::bfloat16) return {{to_bf16_pair(a, b), to_bf16_pair(c, d)}};
-  return {{to_fp16_pair(a, b), to_fp16_pair(c, d)}};
+// A quad in 2 bytes a column.
+FASTKD_DEVICE HalfVector pack(const Quad& x, DType dtype) {
+  if (dtype == DType::bfloat16) return {{to_bf16_pair(x.value[0], x.value[1]), to_bf16_pair(x.value[2], x.value[3])}};
+  return {{to_fp16_pair(x.value[0], x.value[1]), to_fp16_pair(x.value[2], x.value[3])}};
+}
+
+// The stored bits of one column, and those of a masked one.
+FASTKD_DEVICE uint32_t load_bits(const char* row, DType dtype, int64_t column) {
+  if (dtype == DType::float32) return load(reinterpret_cast<const uint32_t*>(row) + column);
+  return load(reinterpret_cast<const uint16_t*>(row) + column);
+}
+FASTKD_DEVICE uint32_t masked_bits(DType dtype) {
+  return dtype == DType::float32 ? 0xff800000u : dtype == DType::bfloat16 ? 0xff80u : 0xfc00u;
 }
 
 struct RowView {
@@ -66,15 +64,18 @@ struct RowView {
   DType student_dtype, teacher_dtype;
   Access access;
   int columns, head, chunks;  // chunks * width columns behind the head
+  int stride;                 // of the columns of a place, 1 where there are vectors
 
-  FASTKD_DEVICE_METHOD RowView(const LossParams& p, Access a, int64_t n)
+  // lanes: threads that take neighbouring places
+  FASTKD_DEVICE_METHOD RowView(const LossParams& p, Access a, int64_t n, int lanes)
       : student(p.student.row(n)),
         teacher(p.teacher.row(n)),
         gradient(p.gradient.data ? p.gradient.row(n) : nullptr),
         student_dtype(p.student.dtype),
         teacher_dtype(p.teacher.dtype),
         access(a),
-        columns(static_cast<int>(p.columns)) {
+        columns(static_cast<int>(p.columns)),
+        stride(a.vectors ? 1 : lanes) {
     const int column = static_cast<int>(reinterpret_cast<uintptr_t>(student) / size_of(student_dtype) % access.width);
     const int gap = (access.width - column) % access.width;
     head = !access.vectors ? 0 : gap < columns ? gap : columns;
@@ -83,18 +84,22 @@ struct RowView {
 
   FASTKD_DEVICE_METHOD int tail() const { return access.vectors ? columns - head - chunks * access.width : 0; }
 
-  // What thread `lane` of `lanes` takes of the chunks base ... base + lanes - 1, those before `end`.
-  FASTKD_DEVICE_METHOD Place place(int base, int end, int lane, int lanes) const {
-    const int64_t width = access.width;
-    if (access.vectors) return {head + (base + lane) * width, base + lane < end ? access.width : 0, 1};
-    const int64_t first = base * width + lane, limit = end * width < columns ? end * width : columns;
-    const int64_t n = first < limit ? (limit - first + lanes - 1) / lanes : 0;
-    return {first, static_cast<int>(n < width ? n : width), lanes};
+  FASTKD_DEVICE_METHOD bool whole(const Place& at) const { return access.vectors && at.n == access.width; }
+  FASTKD_DEVICE_METHOD Place chunk(int c) const { return {head + c * access.width, access.width}; }
+
+  // What thread `lane` takes of the chunks base, base + 1, ... that its neighbours take with it, those before `end`.
+  FASTKD_DEVICE_METHOD Place place(int base, int end, int lane) const {
+    if (access.vectors) return {head + (base + lane) * access.width, base + lane < end ? access.width : 0};
+    const int64_t first = int64_t{base} * access.width + lane, behind = int64_t{end} * access.width;
+    const int64_t limit = behind < columns ? behind : columns;
+    const int64_t n = first < limit ? (limit - first + stride - 1) / stride : 0;
+    return {static_cast<int>(first), static_cast<int>(n < access.width ? n : access.width)};
   }
-  // Columns from first to last - 1, four at a time: place k of them.
-  FASTKD_DEVICE_METHOD static Place edge(int first, int last, int k) {
-    const int left = last - first - 4 * k;
-    return {first + 4 * k, left < 4 ? left : 4, 1};
+  // The edges, four columns at a time: places 0 ... heads - 1 of the head, then those of the tail.
+  FASTKD_DEVICE_METHOD Place edge(int k, int heads) const {
+    const int first = k < heads ? 4 * k : columns - tail() + 4 * (k - heads);
+    const int left = (k < heads ? head : columns) - first;
+    return {first, left < 4 ? left : 4};
   }
 
   // The chunk at a place of vectors. kReadOnly: nothing writes these rows while the kernel runs.
@@ -106,32 +111,42 @@ struct RowView {
 
   // Column by column, masked behind the place's last.
   FASTKD_DEVICE_METHOD Chunk load_columns(const Place& at) const {
-    Chunk chunk;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool inside = i < at.n;
-      const int64_t column = at.first + static_cast<int64_t>(i) * at.stride;
-      chunk.student.word[i] = as_bits(inside ? load_column(student, student_dtype, column) : minus_infinity());
-      chunk.teacher.word[i] = as_bits(inside ? load_column(teacher, teacher_dtype, column) : minus_infinity());
-    }
-    return chunk;
+    return {load_model_columns(student, student_dtype, at), load_model_columns(teacher, teacher_dtype, at)};
+  }
+  template <bool kReadOnly>
+  FASTKD_DEVICE_METHOD Chunk load_place(const Place& at) const {
+    return whole(at) ? load_vectors<kReadOnly>(at) : load_columns(at);
   }
 
-  // d: the place's columns; `whole`: it is a chunk of vectors.
-  FASTKD_DEVICE_METHOD void store_gradient(const Place& at, bool whole, const float (&d)[kMaxWidth]) const {
-    if (!whole) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (i < at.n) store_column(gradient, student_dtype, at.first + static_cast<int64_t>(i) * at.stride, d[i]);
+  // Quad q of the place's gradient in what will be stored of it.
+  FASTKD_DEVICE_METHOD void put(Vector& stored, const Quad& d, int q) const {
+    if (student_dtype == DType::float32) {
+      stored = {{as_bits(d.value[0]), as_bits(d.value[1]), as_bits(d.value[2]), as_bits(d.value[3])}};
       return;
     }
+    const HalfVector half = pack(d, student_dtype);
+    stored.word[0] = q == 0 ? half.word[0] : stored.word[0];
+    stored.word[1] = q == 0 ? half.word[1] : stored.word[1];
+    stored.word[2] = half.word[0];
+    stored.word[3] = half.word[1];
+  }
+
+  FASTKD_DEVICE_METHOD void store_gradient(const Place& at, const Vector& stored) const {
     char* to = gradient + at.first * size_of(student_dtype);
-    if (student_dtype == DType::float32)
-      return store_vector(to, {{as_bits(d[0]), as_bits(d[1]), as_bits(d[2]), as_bits(d[3])}});
-    const HalfVector low = pack(d[0], d[1], d[2], d[3], student_dtype);
-    if (at.n == 4) return store_half_vector(to, low);
-    const HalfVector high = pack(d[4], d[5], d[6], d[7], student_dtype);
-    store_vector(to, {{low.word[0], low.word[1], high.word[0], high.word[1]}});
+    if (whole(at)) {
+      if (chunk_bytes(student_dtype) == 16) return store_vector(to, stored);
+      return store_half_vector(to, {{stored.word[0], stored.word[1]}});
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i >= at.n) continue;
+      const int64_t column = static_cast<int64_t>(i) * stride;
+      if (student_dtype == DType::float32) {
+        store(reinterpret_cast<uint32_t*>(to) + column, stored.word[i]);
+      } else {
+        store(reinterpret_cast<uint16_t*>(to) + column, static_cast<uint16_t>(stored.word[i / 2] >> (16 * (i % 2))));
+      }
+    }
   }
 
   // Bytes of a chunk of one model: 16, or 8.
@@ -144,6 +159,17 @@ struct RowView {
     if (chunk_bytes(dtype) == 16) return kReadOnly ? load_vector(from) : load_vector_coherent(from);
     const HalfVector half = load_half_vector(from);
     return {{half.word[0], half.word[1], 0, 0}};
+  }
+
+  FASTKD_DEVICE_METHOD Vector load_model_columns(const char* row, DType dtype, const Place& at) const {
+    uint32_t bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t column = at.first + static_cast<int64_t>(i) * stride;
+      bits[i] = i < at.n ? load_bits(row, dtype, column) : masked_bits(dtype);
+    }
+    if (dtype == DType::float32) return {{bits[0], bits[1], bits[2], bits[3]}};
+    return {{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, 0, 0}};
   }
 };
 
@@ -161,8 +187,9 @@ struct Team {
     const int64_t last = static_cast<int64_t>(part + 1) * size(chunks);
     return last < chunks ? static_cast<int>(last) : chunks;
   }
-  FASTKD_DEVICE_METHOD bool has_head() const { return part == 0 && lane == 0; }
-  FASTKD_DEVICE_METHOD bool has_tail() const { return part == parts - 1 && lane == lanes - 1; }
+  // Edges of the row that this thread takes, four columns each.
+  FASTKD_DEVICE_METHOD int heads(int head) const { return part == 0 && lane == 0 ? (head + 3) / 4 : 0; }
+  FASTKD_DEVICE_METHOD int tails(int tail) const { return part == parts - 1 && lane == lanes - 1 ? (tail + 3) / 4 : 0; }
 
  private:
   FASTKD_DEVICE_METHOD int size(int chunks) const { return (chunks + parts - 1) / parts; }
