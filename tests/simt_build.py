@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -11,35 +12,59 @@ from types import ModuleType
 
 import harness
 import pybind11
+from torch.utils.cpp_extension import include_paths
 
 SIMT = harness.ROOT / "tests" / "simt"
+CSRC = harness.ROOT / "csrc"
 MACHINE = ("fiber", "shadow", "memory", "machine", "meeting", "access", "report")
-FLAGS = ("-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{SIMT}")
+DIVERGENCES = ("forward_kl", "symmetric_kl", "jsd", "total_variation", "skew_forward_kl", "skew_reverse_kl")
+FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", f"-I{SIMT}", f"-I{SIMT / 'driver'}")
+PYTHON = (f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}")
 
 
-def compile_machine(folder: Path, flags: Sequence[str] = ()) -> list[Path]:
-    """The machine's objects, in ``folder``."""
+def _compile(sources: Sequence[Path], folder: Path, flags: Sequence[str]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    objects = [folder / f"{part}.o" for part in MACHINE]
-    harness.compile_all([(SIMT / f"{part}.cpp", out, (*FLAGS, *flags)) for part, out in zip(MACHINE, objects)])
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    harness.compile_all([(source, out, (*FLAGS, *flags)) for source, out in zip(sources, objects)])
     return objects
 
 
-def compile_binding(source: Path, folder: Path, csrc: Path = harness.ROOT / "csrc", flags: Sequence[str] = ()) -> Path:
-    """A file with a PYBIND11_MODULE; ``csrc`` may be a copy with planted bugs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    out = folder / f"{source.stem}.o"
-    includes = (f"-I{csrc}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}")
-    harness.compile_all([(source, out, (*FLAGS, *includes, *flags))])
-    return out
+def compile_machine(folder: Path, flags: Sequence[str] = ("-O2",)) -> list[Path]:
+    """The machine's objects, in ``folder``."""
+    return _compile([SIMT / f"{part}.cpp" for part in MACHINE], folder, flags)
 
 
-def load(name: str, objects: Sequence[Path], folder: Path) -> ModuleType:
+def compile_selftest(folder: Path, flags: Sequence[str] = ("-O2",)) -> list[Path]:
+    """The module of the machine's own kernels."""
+    return _compile([SIMT / "selftest.cpp"], folder, (*flags, *PYTHON))
+
+
+def compile_kernels(folder: Path, csrc: Path = CSRC, flags: Sequence[str] = ("-O1",)) -> list[Path]:
+    """What nvcc compiles, from any copy of csrc: kernels and host side."""
+    cuda = csrc / "kernels" / "cuda"
+    sources = [cuda / f"{name}.cu" for name in (*DIVERGENCES, "launch")]
+    return _compile([*sources, cuda / "plan.cpp", SIMT / "driver" / "driver.cpp"], folder, (*flags, "-x", "c++"))
+
+
+def compile_operators(folder: Path) -> list[Path]:
+    """The operators that run them."""
+    torch_headers = [f"-isystem{path}" for path in include_paths()]
+    flags = ("-O1", "-DTORCH_TARGET_VERSION=0x020a000000000000", *torch_headers, *PYTHON)
+    return _compile([SIMT / "kernels.cpp"], folder, flags)
+
+
+def load(name: str, objects: Sequence[Path], folder: Path, flags: Sequence[str] = ()) -> ModuleType:
     """Links ``objects`` to the module ``name`` (its PYBIND11_MODULE) and imports it."""
-    binary = harness.link(objects, folder / f"{name}.so", ("-shared",))
+    binary = harness.link(objects, folder / f"{name}.so", ("-shared", "-Wl,--no-as-needed", *flags))
     spec = importlib.util.spec_from_file_location(name, binary)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[name] = module
     return module
+
+
+def launch_bounds(csrc: Path = CSRC) -> dict[str, int]:
+    """Kernel -> the most threads a block that it is compiled for."""
+    source = "".join(path.read_text() for path in sorted((csrc / "kernels" / "cuda").glob("*.cuh")))
+    return {name: int(most) for most, name in re.findall(r"FASTKD_KERNEL\((\d+), \d+\)\s*(\w+)\(", source)}

@@ -24,10 +24,7 @@ LAUNCH = {
 @pytest.fixture(scope="module")
 def simt(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     folder = tmp_path_factory.mktemp("simt")
-    objects = [
-        *simt_build.compile_machine(folder),
-        simt_build.compile_binding(simt_build.SIMT / "selftest.cpp", folder),
-    ]
+    objects = [*simt_build.compile_machine(folder), *simt_build.compile_selftest(folder)]
     return simt_build.load("simt_selftest", objects, folder)
 
 

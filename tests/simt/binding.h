@@ -82,12 +82,21 @@ inline py::dict dict_of(const Counters& c) {
                   "narrow_writes"_a = c.narrow_writes);
 }
 
-inline py::dict dict_of(const Report& r, const Memory& memory) {
+// Name of a buffer -> what went through it.
+using BufferCounters = std::map<std::string, Counters>;
+
+inline BufferCounters counters_of(const Memory& memory) {
+  BufferCounters counters;
+  for (const auto& buffer : memory.buffers()) counters[buffer->name] = buffer->counters;
+  return counters;
+}
+
+inline py::dict dict_of(const Report& r, const BufferCounters& counters) {
   using namespace py::literals;
   py::list errors;
   for (const Error& error : r.errors) errors.append(py::make_tuple(error.check, error.text));
   py::dict buffers;
-  for (const auto& buffer : memory.buffers()) buffers[py::str(buffer->name)] = dict_of(buffer->counters);
+  for (const auto& [name, counted] : counters) buffers[py::str(name)] = dict_of(counted);
   return py::dict("errors"_a = errors, "total"_a = dict_of(r.total), "buffers"_a = buffers,
                   "shared_bytes"_a = r.shared_bytes, "block_barriers"_a = r.block_barriers,
                   "cluster_barriers"_a = r.cluster_barriers, "warp_meetings"_a = r.warp_meetings,

@@ -72,9 +72,9 @@ Buffer::Buffer(std::string name, size_t bytes, bool writable, GuardedPages::Flus
       pages(bytes, flush, remainder),
       shadow(bytes + 16, Shadow::kGlobal) {}
 
-void Buffer::fill(const void* source) {
-  std::memcpy(data(), source, bytes);
-  shadow.set_initialised(0, bytes);
+void Buffer::fill(const void* source, size_t offset, size_t count) {
+  if (count) std::memcpy(data() + offset, source, count);
+  shadow.set_initialised(offset, count);
 }
 
 Buffer& Memory::add(std::string name, size_t bytes, bool writable, GuardedPages::Flush flush, size_t remainder) {

@@ -53,8 +53,9 @@ struct Buffer {
   Counters counters;
 
   char* data() const { return pages.data(); }
-  // Fills it with `source`; without it the buffer holds nothing yet, and reading it is an error.
-  void fill(const void* source);
+  // Fills it, or a part of it, with `source`; what is not filled holds nothing yet, and reading it is an error.
+  void fill(const void* source) { fill(source, 0, bytes); }
+  void fill(const void* source, size_t offset, size_t count);
 };
 
 // Global memory: nothing else may be read or written by a kernel.

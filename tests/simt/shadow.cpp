@@ -90,6 +90,12 @@ bool Shadow::initialised(size_t offset, size_t bytes) const {
   return true;
 }
 
+size_t Shadow::count_initialised() const {
+  size_t count = 0;
+  for (const uint8_t mark : marks_) count += static_cast<size_t>(__builtin_popcount(mark & kBytes));
+  return count;
+}
+
 void Shadow::set_under_way(size_t offset, size_t bytes, bool under_way) {
   if (under_way) return mark(offset, bytes, kUnderWay);
   for (size_t w = offset / 4; w * 4 < offset + bytes; ++w) marks_[w] &= static_cast<uint8_t>(~kUnderWay);

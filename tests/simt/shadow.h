@@ -60,6 +60,7 @@ class Shadow {
   // Marks of bytes. Initialised: holds a value. Under way: a copy may land at any time.
   void set_initialised(size_t offset, size_t bytes);
   bool initialised(size_t offset, size_t bytes) const;
+  size_t count_initialised() const;  // bytes
   void set_under_way(size_t offset, size_t bytes, bool under_way);
   bool under_way(size_t offset, size_t bytes) const;
   // Words that the launch wrote, or read by a load that supposes that nobody writes them.

@@ -1,0 +1,217 @@
+// The shipped kernels, launch arithmetic and host side on the machine, as operators torch.ops.fastkd.simt_*: tensors on
+// the CPU in, loss and gradient out, by what a GPU would run. And the Python module that sets the device up and tells
+// what was launched.
+#include <torch/csrc/stable/library.h>
+
+#include "../../csrc/kernels/cuda/batch.cuh"
+#include "../../csrc/kernels/cuda/launch.h"
+#include "../../csrc/kernels/cuda/table.h"
+#include "../../csrc/torch/arguments.h"
+#include "binding.h"
+#include "driver/driver.h"
+#include "driver/staging.h"
+
+namespace fastkd {
+namespace {
+
+namespace py = pybind11;
+using simt::driver;
+using simt::Staging;
+
+struct Settings {
+  GpuLimits limits = {90, 132, 227 * 1024, 228 * 1024, 16};  // of an H100
+  std::string variant;  // "block", "cluster", "streaming" whatever the arithmetic would choose; "": what it chooses
+  int threads = 64;     // a block of a variant that was chosen here
+  int parts = 1;        // its blocks a row
+  std::string wrong;    // what staging found in the latest call
+  Plan plan;            // of the latest call
+} settings;
+
+// A plan for shapes that the arithmetic would give to another variant.
+Plan bend(Plan plan, const LossParams& p) {
+  const bool streaming = settings.variant == "streaming";
+  const auto bytes = [&](const Rows& rows, int chunks) {
+    return (chunks * plan.access.width * static_cast<int>(size_of(rows.dtype)) + 15) / 16 * 16;
+  };
+  plan.variant = streaming ? Variant::streaming : settings.parts == 1 ? Variant::block : Variant::cluster;
+  plan.threads = settings.threads;
+  plan.splits = streaming ? settings.parts : 1;
+  plan.cluster = streaming ? 1 : settings.parts;
+  plan.blocks = streaming && !p.gradient.data ? p.rows : p.rows * settings.parts;
+  plan.team_chunks = static_cast<int>((p.columns / plan.access.width + plan.cluster - 1) / plan.cluster);
+  plan.team_bytes = kBlockScratchBytes + bytes(p.student, plan.team_chunks) + bytes(p.teacher, plan.team_chunks);
+  plan.shared_bytes = streaming ? kBlockScratchBytes : plan.team_bytes;
+  return plan;
+}
+
+Plan plan_of(const LossParams& p) {
+  const Plan plan = plan_call(p, settings.limits);
+  // rows without common boundaries can only be streamed
+  return settings.variant.empty() || (settings.variant != "streaming" && !plan.access.vectors) ? plan : bend(plan, p);
+}
+
+void check(const char* error) {
+  const std::string found = driver.text() + settings.wrong;
+  STD_TORCH_CHECK(found.empty(), found);
+  STD_TORCH_CHECK(!error, "fastkd on CUDA: ", error);
+}
+
+struct Simt {
+  static Outputs loss(LossParams p, const Tensor& student, const Tensor& teacher, RowTensors rows, const Scalars& o) {
+    fill_params(p, student, teacher, rows, o);
+    CudaCall call;
+    call.reduction = parse_reduction(o.reduction);
+    Outputs out = new_outputs(p, student, o);
+    Staging staging;
+    stage_rows(staging, p);
+    p.labels = staging.input("labels", p.labels, p.rows);
+    p.token_weights = staging.input("token_weights", p.token_weights, p.rows);
+    p.temperatures = staging.input("temperatures", p.temperatures, p.rows);
+    p.stats = staging.output("stats", p.stats, 5 * p.rows);
+    call.num_items = staging.input("num_items", float_data(rows.num_items), 1);
+    const int64_t losses = call.reduction == Reduction::none ? p.rows : 1;
+    call.loss = staging.output("loss", static_cast<float*>(out.loss.mutable_data_ptr()), losses);
+    call.pending = staging.output("pending", static_cast<float*>(out.pending.mutable_data_ptr()), 1);
+    call.params = p;
+    settings.plan = plan_of(p);
+    call.workspace = staging.workspace("workspace", workspace_bytes(p, call.reduction, settings.plan));
+    begin(staging);
+    const char* error = run_loss_cuda(call, settings.plan, nullptr);
+    end(staging, error);
+    return out;
+  }
+
+  static void rescale(Rows source, Rows target, const Tensor& gradient, const Tensor& upstream, const Tensor& pending) {
+    RescaleParams p;
+    const RescaleTensors kept = fill_rescale(p, source, target, gradient, upstream, pending);
+    Staging staging;
+    const bool inplace = source.data == target.data;
+    p.gradient = staging.rows("gradient", target, p.rows, p.columns, inplace, true);
+    p.source = inplace ? p.gradient : staging.rows("source", source, p.rows, p.columns, true, false);
+    p.factor = staging.input("upstream", p.factor, p.factor_stride ? p.rows : 1);
+    const float* common = staging.input("pending", static_cast<const float*>(kept.pending.const_data_ptr()), 1);
+    begin(staging);
+    const char* error = run_rescale_cuda(p, common, settings.limits, nullptr);
+    end(staging, error);
+  }
+
+ private:
+  static void stage_rows(Staging& staging, LossParams& p) {
+    const bool inplace = p.gradient.data == p.student.data;
+    p.teacher = staging.rows("teacher", p.teacher, p.rows, p.columns, true, false);
+    if (inplace) {
+      p.student = p.gradient = staging.rows("student", p.student, p.rows, p.gradient_columns, true, true);
+      return;
+    }
+    p.student = staging.rows("student", p.student, p.rows, p.columns, true, false);
+    p.gradient = staging.rows("gradient", p.gradient, p.rows, p.gradient_columns, false, true);
+  }
+  static void begin(Staging& staging) {
+    driver.reset();
+    driver.memory = &staging.memory;
+    settings.wrong.clear();
+  }
+  static void end(Staging& staging, const char* error) {
+    driver.memory = nullptr;
+    if (!error) settings.wrong = staging.take_back();
+    check(error);
+  }
+};
+
+// bounds: kernel -> threads of its launch bound, read from its source.
+void announce(const std::map<std::string, int>& bounds) {
+  const auto all = [&](const std::string& name, KernelTable (*tables)(bool)) {
+    for (const bool rich : {false, true}) {
+      const KernelTable table = tables(rich);
+      const std::string full = name + (rich ? ".rich" : "");
+      const auto add = [&](const char* member, KernelTable::Kernel kernel, const char* in_source) {
+        if (kernel) driver.announce(full + "." + member, kernel, bounds.at(in_source));
+      };
+      add("warp", table.warp, "warp_resident");
+      add("block", table.block, "block_resident");
+      add("sums", table.sums, "stream_sums");
+      add("terms", table.terms, "stream_terms");
+      add("finish", table.finish, "stream_finish");
+    }
+  };
+  all("forward_kl", forward_kl_kernels);
+  all("symmetric_kl", symmetric_kl_kernels);
+  all("jsd", jsd_kernels);
+  all("total_variation", total_variation_kernels);
+  all("skew_forward_kl", skew_forward_kl_kernels);
+  all("skew_reverse_kl", skew_reverse_kl_kernels);
+  driver.announce("scales", gpu::scales_kernel, bounds.at("scales_kernel"));
+  driver.announce("total", gpu::total_kernel, bounds.at("total_kernel"));
+  driver.announce("rescale", gpu::rescale_kernel, bounds.at("rescale_kernel"));
+}
+
+py::list launches() {
+  using namespace py::literals;
+  py::list all;
+  for (const simt::Launch& launch : driver.launches) {
+    const simt::Config& c = launch.config;
+    py::dict d = simt::dict_of(launch.report, launch.buffers);
+    d["kernel"] = launch.kernel;
+    d["grid"] = c.grid, d["cluster"] = c.cluster, d["threads"] = c.threads, d["given_shared_bytes"] = c.shared_bytes;
+    all.append(d);
+  }
+  return all;
+}
+
+// Keywords that are left out return to their defaults: an H100.
+void configure(const py::dict& keywords) {
+  settings = Settings();
+  driver.seed = 0;
+  for (const auto& item : keywords) {
+    const std::string key = py::str(item.first);
+    if (key == "seed")
+      driver.seed = item.second.cast<uint64_t>();
+    else if (key == "arch")
+      settings.limits.arch = item.second.cast<int>();
+    else if (key == "multiprocessors")
+      settings.limits.multiprocessors = item.second.cast<int>();
+    else if (key == "shared_per_block")
+      settings.limits.shared_per_block = item.second.cast<int>();
+    else if (key == "shared_per_multiprocessor")
+      settings.limits.shared_per_multiprocessor = item.second.cast<int>();
+    else if (key == "largest_cluster")
+      settings.limits.largest_cluster = item.second.cast<int>();
+    else if (key == "threads")
+      settings.threads = item.second.cast<int>();
+    else if (key == "parts")
+      settings.parts = item.second.cast<int>();
+    else if (key == "variant")
+      settings.variant = item.second.cast<std::string>();
+    else
+      throw py::key_error("configure has no '" + key + "'");
+  }
+}
+
+py::dict plan() {
+  using namespace py::literals;
+  const char* const names[] = {"warp", "block", "cluster", "streaming"};
+  const Plan& p = settings.plan;
+  return py::dict("variant"_a = names[static_cast<int>(p.variant)], "threads"_a = p.threads, "blocks"_a = p.blocks,
+                  "cluster"_a = p.cluster, "splits"_a = p.splits, "shared_bytes"_a = p.shared_bytes,
+                  "sweeps"_a = p.sweeps, "vectors"_a = p.access.vectors, "width"_a = p.access.width,
+                  "reason"_a = p.reason);
+}
+
+}  // namespace
+}  // namespace fastkd
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  using Simt = fastkd::Operators<fastkd::Simt>;
+  m.impl("simt_forward", TORCH_BOX(&Simt::kd_forward));
+  m.impl("simt_forward_", TORCH_BOX(&Simt::kd_forward_));
+  m.impl("simt_rescale", TORCH_BOX(&Simt::kd_rescale));
+  m.impl("simt_rescale_", TORCH_BOX(&Simt::kd_rescale_));
+}
+
+PYBIND11_MODULE(simt_kernels, m) {
+  m.def("announce", &fastkd::announce);
+  m.def("configure", [](const pybind11::kwargs& keywords) { fastkd::configure(keywords); });
+  m.def("launches", &fastkd::launches);
+  m.def("plan", &fastkd::plan);
+  m.def("scratch_bytes", [] { return fastkd::kBlockScratchBytes; });
+}
