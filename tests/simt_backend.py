@@ -1,5 +1,5 @@
-"""The shipped CUDA kernels as a backend: built by g++ for the machine of tests/simt, and entered where kd_loss looks for
-its native operators."""
+"""The shipped CUDA kernels as a backend: built by g++ for the machine of tests/simt, and entered where kd_loss looks
+for its native operators."""
 
 from __future__ import annotations
 

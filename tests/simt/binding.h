@@ -103,4 +103,6 @@ inline py::dict dict_of(const Report& r, const BufferCounters& counters) {
                   "switches"_a = r.switches, "schedule"_a = r.schedule);
 }
 
+inline py::dict dict_of(const Report& r, const Memory& memory) { return dict_of(r, counters_of(memory)); }
+
 }  // namespace simt
