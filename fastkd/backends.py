@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import checks, ops
 from .options import check_backend
+
+T = TypeVar("T")
+_TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
 class Explanation(NamedTuple):
@@ -25,12 +33,8 @@ class Explanation(NamedTuple):
         return repr(self)
 
 
-def _why_not_native(student_logits: Tensor, teacher_logits: Tensor) -> str | None:
-    """Why the native operators cannot take these logits; None if they can."""
-    if ops.load_error or ops.isa_error:
-        return ops.load_error or ops.isa_error
-    if student_logits.device.type not in ops.native_devices():
-        return f"built for {', '.join(ops.native_devices())}; the logits are on {student_logits.device.type}"
+def _why_not_these_logits(student_logits: Tensor, teacher_logits: Tensor) -> str | None:
+    """What no backend with operators can take, wherever the logits are."""
     if torch._C._are_functorch_transforms_active():
         return "its autograd cannot be traced by torch.func transforms"
     for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
@@ -39,18 +43,91 @@ def _why_not_native(student_logits: Tensor, teacher_logits: Tensor) -> str | Non
     return None
 
 
+def _why_not_native(student_logits: Tensor, teacher_logits: Tensor) -> str | None:
+    """Why the native operators cannot take these logits; None if they can."""
+    if ops.load_error or ops.isa_error:
+        return ops.load_error or ops.isa_error
+    if student_logits.device.type not in ops.native_devices():
+        return f"built for {', '.join(ops.native_devices())}; the logits are on {student_logits.device.type}"
+    return _why_not_these_logits(student_logits, teacher_logits)
+
+
+def _constant(function: Callable[[], T]) -> Callable[[], T]:
+    """What a trace may take as it is found: torch.compiler.assume_constant_result, which imports Triton itself."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def _triton_is_missing() -> str:
+    """Why Triton cannot be used at all; "" where it is installed. Imports nothing."""
+    return "" if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton"
+
+
+@_constant
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _import_triton() -> str:
+    try:
+        importlib.import_module("fastkd.triton")
+    except Exception as error:  # whatever a Triton of another version raises
+        return f"its kernels could not be loaded ({type(error).__name__}: {error})"
+    return ""
+
+
+@_constant
+def _load_triton() -> str:
+    """Imports the kernels, which registers their operators. Returns why that failed, or ""."""
+    return _import_triton()
+
+
+def _why_not_triton(student_logits: Tensor, teacher_logits: Tensor) -> str | None:
+    """Why the Triton operators cannot take these logits; None if they can. Imports Triton if nothing else forbids."""
+    missing = _triton_is_missing()
+    if missing:
+        return missing
+    device = student_logits.device.type
+    if device == "cpu":
+        if not _interpreting():
+            return (
+                "compiles for GPUs; logits on the CPU only in its interpreter (TRITON_INTERPRET=1), which is for tests"
+            )
+    elif device not in _TRITON_DEVICES:
+        return f"runs on {', '.join(_TRITON_DEVICES)}; the logits are on {device}"
+    elif _interpreting():
+        return "TRITON_INTERPRET is set, and the interpreter takes logits on the CPU"
+    return _why_not_these_logits(student_logits, teacher_logits) or _load_triton() or None
+
+
+def _why_not(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, str | None]:
+    """Of the backends with operators, best first: why each cannot take these logits, or None."""
+    logits = (student_logits, teacher_logits)
+    return {"native": _why_not_native(*logits), "triton": _why_not_triton(*logits)}
+
+
 def _forced_isa_is_missing(student_logits: Tensor) -> bool:
     """A forced instruction set is an order: where it cannot run, ``auto`` does not pass over it."""
     return bool(ops.isa_error) and student_logits.device.type == "cpu"
 
 
-def _choose(backend: str, student_logits: Tensor, why_not_native: str | None) -> str:
-    """The backend that computes; "" where none may."""
+def _choose(backend: str, student_logits: Tensor, teacher_logits: Tensor) -> tuple[str, str | None]:
+    """The backend that computes and None, or "" and why none may."""
     if backend == "eager":
-        return "eager"
-    if why_not_native is None:
-        return "native"
-    return "" if backend == "native" or _forced_isa_is_missing(student_logits) else "eager"
+        return "eager", None
+    if backend == "triton":
+        why_not = _why_not_triton(student_logits, teacher_logits)
+        return ("triton", None) if why_not is None else ("", why_not)
+    why_not = _why_not_native(student_logits, teacher_logits)
+    if why_not is None:
+        return "native", None
+    if backend == "native" or _forced_isa_is_missing(student_logits):
+        return "", why_not
+    # the interpreter is chosen by name alone: it is there to check the kernels, not to be fast
+    on_device = student_logits.device.type != "cpu"
+    return ("triton" if on_device and _why_not_triton(student_logits, teacher_logits) is None else "eager"), None
 
 
 def select_backend(backend: str, student_logits: Tensor, teacher_logits: Tensor) -> str:
@@ -60,13 +137,12 @@ def select_backend(backend: str, student_logits: Tensor, teacher_logits: Tensor)
         RuntimeError: an explicit backend that cannot run.
         ValueError: FASTKD_CPU_ISA names an instruction set that does not run here.
     """
-    why_not = None if backend == "eager" else _why_not_native(student_logits, teacher_logits)
-    chosen = _choose(backend, student_logits, why_not)
+    chosen, why_not = _choose(backend, student_logits, teacher_logits)
     if chosen:
         return chosen
-    if _forced_isa_is_missing(student_logits):
+    if backend != "triton" and _forced_isa_is_missing(student_logits):
         raise ValueError(ops.isa_error)
-    raise RuntimeError(f"backend='native' cannot run: {why_not}; use backend='auto' or 'eager'")
+    raise RuntimeError(f"backend={backend!r} cannot run: {why_not}; use backend='auto' or 'eager'")
 
 
 def explain(student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "auto") -> Explanation:
@@ -78,17 +154,19 @@ def explain(student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "a
         ValueError: an unknown ``backend``.
     """
     check_backend(backend)
-    why_not = _why_not_native(student_logits, teacher_logits)
-    chosen = _choose(backend, student_logits, why_not)
-    native = why_not or f"C++ kernels, {ops.cpu_isa()} on the CPU: one read of the logits, gradient in the same pass"
-    reasons = {
-        "native": native,
+    chosen, _ = _choose(backend, student_logits, teacher_logits)
+    why_not = _why_not(student_logits, teacher_logits)
+    can = {
+        "native": f"C++ kernels, {ops.cpu_isa()} on the CPU: one read of the logits, gradient in the same pass",
+        "triton": "Triton kernels: the gradient in forward, one program a row or several; compiled at first use",
         "eager": "torch operations and autograd: any device, any dtype up to float64, some 20 N x V tensors of traffic",
     }
-    if chosen == "native":
-        reasons["eager"] += " (auto takes it where native cannot run)" if backend == "auto" else " (not asked for)"
-    elif chosen == "eager" and why_not is None:
-        reasons["native"] += " (not asked for)"
+    reasons = {name: why_not.get(name) or words for name, words in can.items()}
+    for name in can:
+        if name == chosen or why_not.get(name):
+            continue
+        ahead = backend == "auto" and list(can).index(name) > list(can).index(chosen or name)
+        reasons[name] += f" (auto takes it where {chosen} cannot run)" if ahead else " (not asked for)"
     return Explanation(chosen, reasons)
 
 
@@ -103,5 +181,7 @@ def backends() -> Explanation:
             f"{', '.join(ops.native_devices())}; instruction set {ops.cpu_isa()} (this machine runs: {available}; "
             "FASTKD_CPU_ISA forces one)"
         )
+    missing = _triton_is_missing()
+    triton = f"not available: {missing}" if missing else f"{', '.join(_TRITON_DEVICES)} (CUDA, ROCm, Intel)"
     runs = "" if ops.isa_error else "eager" if ops.load_error else "native"
-    return Explanation(runs, {"native": native, "eager": "any device that torch has"})
+    return Explanation(runs, {"native": native, "triton": triton, "eager": "any device that torch has"})

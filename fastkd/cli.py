@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--device", default="cpu", help="device of the logits (default: cpu)")
     explain.add_argument("--dtype", default="float32", help="dtype of the student's logits (default: float32)")
     explain.add_argument("--teacher-dtype", help="dtype of the teacher's logits (default: that of the student)")
-    explain.add_argument("--backend", default="auto", help="auto, native or eager (default: auto)")
+    explain.add_argument("--backend", default="auto", help="auto, native, triton or eager (default: auto)")
     for name, (_, _, text) in DELEGATED.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser

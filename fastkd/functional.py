@@ -85,7 +85,7 @@ def kd_loss(
             afterwards, and what autograd saved of them before raises in backward. Ignored where no gradient is asked
             for, by the eager backend, and inside ``torch.compile``, which plans memory itself.
         return_stats: also return :class:`fastkd.KDStats` from the same pass.
-        backend: ``auto``, ``native`` or ``eager``; see :func:`fastkd.explain`.
+        backend: ``auto``, ``native``, ``triton`` or ``eager``; see :func:`fastkd.explain`.
 
     Returns:
         The loss, fp32 (fp64 for fp64 logits): 0-d, or ``(...)`` with ``reduction="none"``; with ``return_stats`` the
@@ -94,7 +94,8 @@ def kd_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or value; the message names it. Labels and
-            per-token temperatures are checked by value on the CPU only, so that no accelerator is waited for.
+            per-token temperatures are checked by value on the CPU only, so that no accelerator is waited for: there
+            a wrong one makes the loss and the gradient of its row NaN.
         RuntimeError: an explicit ``backend`` that cannot run, with the reason; a second derivative.
     """
     temperatures = temperature if isinstance(temperature, Tensor) else None

@@ -11,7 +11,7 @@ from .divergence import SPECS, beta_is_allowed
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
 VOCAB_POLICIES = ("error", "truncate")
-BACKENDS = ("auto", "native", "eager")
+BACKENDS = ("auto", "native", "triton", "eager")
 
 
 class Options(NamedTuple):

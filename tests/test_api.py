@@ -303,8 +303,8 @@ class TestBackends:
     def test_explain_prints_every_backend_with_a_reason(self, native: str) -> None:
         answer = fastkd.explain(_logits(), _logits())
         lines = str(answer).splitlines()
-        assert [line.split()[0 if not line.startswith("->") else 1] for line in lines] == ["native", "eager"]
-        assert lines[0].startswith("->") and not lines[1].startswith("->")
+        assert [line.split()[0 if not line.startswith("->") else 1] for line in lines] == ["native", "triton", "eager"]
+        assert [line.startswith("->") for line in lines] == [True, False, False]
         assert all(len(reason) > 10 for reason in answer.reasons.values())
 
     def test_explain_of_an_explicit_backend(self, native: str) -> None:

@@ -1,0 +1,6 @@
+"""The Triton backend. Importing it imports triton and registers torch.ops.fastkd.triton_*; fastkd.backends does so
+when logits on an accelerator, or the user, ask for it."""
+
+from .ops import DEVICES
+
+__all__ = ["DEVICES"]

@@ -1,0 +1,77 @@
+"""A pytest plugin for a process of its own: every loss that a test asks of the native backend is computed by Triton's
+interpreter instead, so that the suites of the loss hold for the Triton kernels as they stand.
+
+    python -m pytest -p triton_plugin tests/test_loss_options.py             rows in blocks as shipped
+    python -m pytest -p triton_plugin --small-blocks tests/test_loss.py      every row swept, in blocks of 256 or 512
+    ... --half 0                                                             every other (case, divergence) of the table
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from reference import DIVERGENCES
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from fastkd import functional
+from fastkd.triton import launch
+
+_select = functional.select_backend
+
+
+def _triton_for_native(backend: str, student_logits: Tensor, teacher_logits: Tensor) -> str:
+    chosen = _select("triton" if backend == "native" else backend, student_logits, teacher_logits)
+    return "triton" if chosen == "native" else chosen
+
+
+_cast = InterpreterBuilder.cast_impl
+
+
+def _cast_like_the_hardware(self: InterpreterBuilder, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
+    """The interpreter truncates to bf16; compiled kernels round to nearest (triton_compiled.py reads it)."""
+    if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
+        rounded = torch.from_numpy(np.atleast_1d(src.data)).to(torch.bfloat16).view(torch.int16).numpy()
+        return TensorHandle(rounded.view(np.uint16).reshape(np.shape(src.data)), tl.bfloat16)
+    return _cast(self, src, dst_type)
+
+
+def sweep_in_small_blocks() -> None:
+    """Several blocks, pieces and programs even for rows that would stay in registers."""
+    launch.MAX_RESIDENT.update({2: 0, 4: 0})
+    launch.SWEEP_BLOCKS.update({2: launch.Block(64, 8, 2), 4: launch.Block(64, 4, 2)})
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--small-blocks", action="store_true", help="sweep every row, in blocks of 256 or 512 columns")
+    parser.addoption("--half", type=int, choices=(0, 1), help="of the table, one half of (case, divergence)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    assert launch.INTERPRETED
+    functional.select_backend = _triton_for_native
+    InterpreterBuilder.cast_impl = _cast_like_the_hardware
+    np.seterr(all="ignore")  # masked lanes compute what tl.where throws away
+    if config.getoption("--small-blocks"):
+        sweep_in_small_blocks()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    half = config.getoption("--half")
+    if half is None:
+        return
+
+    def belongs(item: pytest.Item) -> bool:
+        case = getattr(item, "callspec", None)
+        if case is None or not {"index", "divergence"} <= case.params.keys():
+            return True
+        return (case.params["index"] + DIVERGENCES.index(case.params["divergence"])) % 2 == half
+
+    config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
+    items[:] = [item for item in items if belongs(item)]
