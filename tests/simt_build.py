@@ -65,6 +65,7 @@ def load(name: str, objects: Sequence[Path], folder: Path, flags: Sequence[str] 
 
 
 def launch_bounds(csrc: Path = CSRC) -> dict[str, int]:
-    """Kernel -> the most threads a block that it is compiled for."""
+    """Kernel -> the most threads a block that it is compiled for; 0 where that depends on its template argument."""
     source = "".join(path.read_text() for path in sorted((csrc / "kernels" / "cuda").glob("*.cuh")))
-    return {name: int(most) for most, name in re.findall(r"FASTKD_KERNEL\((\d+), \d+\)\s*(\w+)\(", source)}
+    found = re.findall(r"FASTKD_KERNEL\(([^,()]+), [^()]+\)\s*(\w+)\(FASTKD_CONSTANT", source)
+    return {name: int(most) if most.isdigit() else 0 for most, name in found}

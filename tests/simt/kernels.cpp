@@ -118,14 +118,17 @@ struct Simt {
   }
 };
 
-// bounds: kernel -> threads of its launch bound, read from its source.
+// bounds: kernel -> threads of its launch bound, read from its source; 0: those of its Kind.
 void announce(const std::map<std::string, int>& bounds) {
   const auto all = [&](const std::string& name, KernelTable (*tables)(bool)) {
     for (const bool rich : {false, true}) {
       const KernelTable table = tables(rich);
       const std::string full = name + (rich ? ".rich" : "");
       const auto add = [&](const char* member, KernelTable::Kernel kernel, const char* in_source) {
-        if (kernel) driver.announce(full + "." + member, kernel, bounds.at(in_source));
+        const int of_kind =
+            rich ? gpu::Kind<Divergence::jsd, true>::kMostThreads : gpu::Kind<Divergence::jsd, false>::kMostThreads;
+        const int bound = bounds.at(in_source) ? bounds.at(in_source) : of_kind;
+        if (kernel) driver.announce(full + "." + member, kernel, bound);
       };
       add("warp", table.warp, "warp_resident");
       add("block", table.block, "block_resident");
@@ -189,12 +192,22 @@ void configure(const py::dict& keywords) {
 
 py::dict plan() {
   using namespace py::literals;
-  const char* const names[] = {"warp", "block", "cluster", "streaming"};
   const Plan& p = settings.plan;
-  return py::dict("variant"_a = names[static_cast<int>(p.variant)], "threads"_a = p.threads, "blocks"_a = p.blocks,
+  return py::dict("variant"_a = std::string(name_of(p.variant)), "threads"_a = p.threads, "blocks"_a = p.blocks,
                   "cluster"_a = p.cluster, "splits"_a = p.splits, "shared_bytes"_a = p.shared_bytes,
                   "sweeps"_a = p.sweeps, "vectors"_a = p.access.vectors, "width"_a = p.access.width,
                   "reason"_a = p.reason);
+}
+
+// What gpu_limits makes of the driver's device, or its error.
+py::object limits(int device) {
+  using namespace py::literals;
+  GpuLimits found;
+  driver.reset();
+  if (const char* error = gpu_limits(device, &found)) return py::str(error);
+  return py::dict(
+      "arch"_a = found.arch, "multiprocessors"_a = found.multiprocessors, "shared_per_block"_a = found.shared_per_block,
+      "shared_per_multiprocessor"_a = found.shared_per_multiprocessor, "largest_cluster"_a = found.largest_cluster);
 }
 
 }  // namespace
@@ -213,5 +226,7 @@ PYBIND11_MODULE(simt_kernels, m) {
   m.def("configure", [](const pybind11::kwargs& keywords) { fastkd::configure(keywords); });
   m.def("launches", &fastkd::launches);
   m.def("plan", &fastkd::plan);
-  m.def("scratch_bytes", [] { return fastkd::kBlockScratchBytes; });
+  m.def("limits", &fastkd::limits);
+  m.attr("piece_bytes") = sizeof(fastkd::Piece);
+  m.attr("term_bytes") = sizeof(fastkd::TermSums);
 }
