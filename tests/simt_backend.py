@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,8 @@ from torch.library import Library
 from fastkd import ops
 
 WORDS = ("forward", "forward_", "rescale", "rescale_")
+NAME = "simt_kernels"
+_entered: list[ModuleType] = []
 
 
 @functools.cache
@@ -29,18 +31,29 @@ def _library() -> Library:
     return library
 
 
-@functools.cache
-def module() -> ModuleType:
-    """Kernels and operators, built once a run."""
-    folder = Path(tempfile.mkdtemp(prefix="fastkd-simt-"))
-    objects = [*simt_build.compile_machine(folder), *simt_build.compile_kernels(folder)]
-    objects += simt_build.compile_operators(folder)
-    torch_library = ("-L" + str(Path(torch.__file__).parent / "lib"), "-ltorch", "-ltorch_cpu")
+def link(objects: Sequence[Path], folder: Path) -> Path:
+    """The module of operators and kernels."""
+    return simt_build.link(NAME, objects, folder, ("-L" + str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu"))
+
+
+def enter(binary: Path, bounds: dict[str, int]) -> ModuleType:
+    """Imports a module and registers its operators; one in a process."""
+    assert not _entered
     _library()
-    built = simt_build.load("simt_kernels", objects, folder, torch_library)
-    built.announce(simt_build.launch_bounds())
+    module = simt_build.load(NAME, binary)
+    module.announce(bounds)
     ops.register_backend("simt", "simt_")
-    return built
+    _entered.append(module)
+    return module
+
+
+def module() -> ModuleType:
+    """The kernels as they are, built once a run."""
+    if not _entered:
+        folder = Path(tempfile.mkdtemp(prefix="fastkd-simt-"))
+        objects = [*simt_build.compile_machine(folder), *simt_build.compile_kernels(folder)]
+        enter(link([*objects, *simt_build.compile_operators(folder)], folder), simt_build.launch_bounds())
+    return _entered[0]
 
 
 @contextmanager

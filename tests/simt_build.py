@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -39,23 +40,32 @@ def compile_selftest(folder: Path, flags: Sequence[str] = ("-O2",)) -> list[Path
     return _compile([SIMT / "selftest.cpp"], folder, (*flags, *PYTHON))
 
 
-def compile_kernels(folder: Path, csrc: Path = CSRC, flags: Sequence[str] = ("-O1",)) -> list[Path]:
-    """What nvcc compiles, from any copy of csrc: kernels and host side."""
+def compile_kernels(
+    folder: Path, csrc: Path = CSRC, divergences: Sequence[str] = DIVERGENCES, flags: Sequence[str] = ("-O1",)
+) -> list[Path]:
+    """What nvcc compiles, from any copy of csrc: kernels of these divergences and the host side."""
     cuda = csrc / "kernels" / "cuda"
-    sources = [cuda / f"{name}.cu" for name in (*DIVERGENCES, "launch")]
-    return _compile([*sources, cuda / "plan.cpp", SIMT / "driver" / "driver.cpp"], folder, (*flags, "-x", "c++"))
+    if csrc != CSRC:  # what knows the kernels finds them beside it
+        shutil.copytree(SIMT, csrc.parent / "tests" / "simt", dirs_exist_ok=True)
+    driver = csrc.parent / "tests" / "simt" / "driver"
+    sources = [cuda / f"{name}.cu" for name in (*divergences, "launch")]
+    sources += [cuda / "plan.cpp", driver / "announce.cpp", driver / "without.cpp"]
+    return _compile(sources, folder, (*flags, "-x", "c++"))
 
 
 def compile_operators(folder: Path) -> list[Path]:
-    """The operators that run them."""
+    """The driver, and the operators that run them."""
     torch_headers = [f"-isystem{path}" for path in include_paths()]
     flags = ("-O1", "-DTORCH_TARGET_VERSION=0x020a000000000000", *torch_headers, *PYTHON)
-    return _compile([SIMT / "kernels.cpp"], folder, flags)
+    return _compile([SIMT / "kernels.cpp", SIMT / "driver" / "driver.cpp"], folder, flags)
 
 
-def load(name: str, objects: Sequence[Path], folder: Path, flags: Sequence[str] = ()) -> ModuleType:
-    """Links ``objects`` to the module ``name`` (its PYBIND11_MODULE) and imports it."""
-    binary = harness.link(objects, folder / f"{name}.so", ("-shared", "-Wl,--no-as-needed", *flags))
+def link(name: str, objects: Sequence[Path], folder: Path, libraries: Sequence[str] = ()) -> Path:
+    return harness.link(objects, folder / f"{name}.so", ("-shared", "-Wl,--no-as-needed", *libraries))
+
+
+def load(name: str, binary: Path) -> ModuleType:
+    """Imports the PYBIND11_MODULE ``name`` of ``binary``."""
     spec = importlib.util.spec_from_file_location(name, binary)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

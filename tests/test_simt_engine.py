@@ -25,7 +25,7 @@ LAUNCH = {
 def simt(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     folder = tmp_path_factory.mktemp("simt")
     objects = [*simt_build.compile_machine(folder), *simt_build.compile_selftest(folder)]
-    return simt_build.load("simt_selftest", objects, folder)
+    return simt_build.load("simt_selftest", simt_build.link("simt_selftest", objects, folder))
 
 
 @pytest.fixture

@@ -32,6 +32,14 @@ void Counters::add(const Counters& other) {
   narrow_writes += other.narrow_writes;
 }
 
+Arena::Arena(size_t bytes) : bytes_(bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  base_ = static_cast<char*>(memory);
+}
+
+Arena::~Arena() { munmap(base_, bytes_); }
+
 GuardedPages::GuardedPages(size_t bytes, Flush flush, size_t remainder) : bytes_(bytes) {
   const size_t inner = (bytes + 32 + kPage - 1) / kPage * kPage;
   length_ = inner + 2 * kPage;
@@ -39,18 +47,32 @@ GuardedPages::GuardedPages(size_t bytes, Flush flush, size_t remainder) : bytes_
   if (memory == MAP_FAILED) throw std::bad_alloc();
   pages_ = static_cast<char*>(memory);
   char* const first = pages_ + kPage;
-  mprotect(first, inner, PROT_READ | PROT_WRITE);
-  std::memset(first, kMargin, inner);
   if (flush == Flush::front) {
     data_ = first + remainder;
   } else {
     char* const highest = first + inner - bytes;
     data_ = highest - (reinterpret_cast<uintptr_t>(highest) - remainder) % 16;
   }
-  for (size_t i = 0; i < bytes; ++i) data_[i] = reinterpret_cast<const char*>(&kPoison)[i % 4];
+  poison();
 }
 
-GuardedPages::~GuardedPages() { munmap(pages_, length_); }
+GuardedPages::GuardedPages(size_t bytes, char* place) : bytes_(bytes), data_(place), owned_(false) {
+  const size_t offset = reinterpret_cast<uintptr_t>(place) % kPage;
+  pages_ = place - offset - kPage;
+  length_ = (offset + bytes + kPage - 1) / kPage * kPage + 2 * kPage;
+  poison();
+}
+
+void GuardedPages::poison() {
+  const size_t inner = length_ - 2 * kPage;
+  mprotect(pages_ + kPage, inner, PROT_READ | PROT_WRITE);
+  std::memset(pages_ + kPage, kMargin, inner);
+  for (size_t i = 0; i < bytes_; ++i) data_[i] = reinterpret_cast<const char*>(&kPoison)[i % 4];
+}
+
+GuardedPages::~GuardedPages() {
+  if (owned_) munmap(pages_, length_);
+}
 
 bool GuardedPages::holds(const void* address) const {
   const ptrdiff_t offset = static_cast<const char*>(address) - pages_;
@@ -72,6 +94,13 @@ Buffer::Buffer(std::string name, size_t bytes, bool writable, GuardedPages::Flus
       pages(bytes, flush, remainder),
       shadow(bytes + 16, Shadow::kGlobal) {}
 
+Buffer::Buffer(std::string name, size_t bytes, bool writable, char* place)
+    : name(std::move(name)),
+      bytes(bytes),
+      writable(writable),
+      pages(bytes, place),
+      shadow(bytes + 16, Shadow::kGlobal) {}
+
 void Buffer::fill(const void* source, size_t offset, size_t count) {
   if (count) std::memcpy(data() + offset, source, count);
   shadow.set_initialised(offset, count);
@@ -79,6 +108,11 @@ void Buffer::fill(const void* source, size_t offset, size_t count) {
 
 Buffer& Memory::add(std::string name, size_t bytes, bool writable, GuardedPages::Flush flush, size_t remainder) {
   buffers_.push_back(std::make_unique<Buffer>(std::move(name), bytes, writable, flush, remainder % 16));
+  return *buffers_.back();
+}
+
+Buffer& Memory::add(std::string name, size_t bytes, bool writable, char* place) {
+  buffers_.push_back(std::make_unique<Buffer>(std::move(name), bytes, writable, place));
   return *buffers_.back();
 }
 

@@ -21,12 +21,28 @@ struct Counters {
   void add(const Counters& other);
 };
 
+// Address space without memory, in which buffers lie as far from each other as the rows of a large tensor.
+class Arena {
+ public:
+  explicit Arena(size_t bytes);
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  char* base() const { return base_; }
+
+ private:
+  char* base_;
+  size_t bytes_;
+};
+
 // `bytes` at data(), flush with the guard page behind (Flush::back) or before them, as far as the wished remainder of
 // the address by 16 allows. What is left beside them is filled with a pattern.
 class GuardedPages {
  public:
   enum class Flush { front, back };
   GuardedPages(size_t bytes, Flush flush, size_t remainder);
+  // At a place of an arena, alone on its pages and at least a page from both ends.
+  GuardedPages(size_t bytes, char* place);
   ~GuardedPages();
   GuardedPages(const GuardedPages&) = delete;
   GuardedPages& operator=(const GuardedPages&) = delete;
@@ -36,14 +52,18 @@ class GuardedPages {
   bool margins_intact() const;
 
  private:
+  void poison();
+
   char* pages_;
   size_t length_, bytes_;
   char* data_;
+  bool owned_ = true;
 };
 
 // One registered buffer of global memory.
 struct Buffer {
   Buffer(std::string name, size_t bytes, bool writable, GuardedPages::Flush flush, size_t remainder);
+  Buffer(std::string name, size_t bytes, bool writable, char* place);
 
   std::string name;
   size_t bytes;
@@ -63,6 +83,7 @@ class Memory {
  public:
   Buffer& add(std::string name, size_t bytes, bool writable = true,
               GuardedPages::Flush flush = GuardedPages::Flush::back, size_t remainder = 0);
+  Buffer& add(std::string name, size_t bytes, bool writable, char* place);  // of an arena
   // The buffer that holds all of [address, address + bytes), or null.
   Buffer* find(const void* address, size_t bytes);
   // "4 bytes behind the end of 'student' (1000 bytes)"; the nearest buffer, for messages.

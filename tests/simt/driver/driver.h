@@ -52,4 +52,8 @@ struct Driver {
 
 extern Driver driver;
 
+// All kernels of fastkd that are linked. bounds: kernel -> threads of its launch bound, read from its source; 0: those
+// of its Kind.
+void announce_kernels(const std::map<std::string, int>& bounds);
+
 }  // namespace simt

@@ -4,15 +4,20 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "../../../csrc/kernels/params.h"
+#include "../fiber.h"
 #include "../memory.h"
 
 namespace simt {
 
 class Staging {
+ private:
+  std::vector<std::unique_ptr<Arena>> arenas_;  // outlive the buffers in them
+
  public:
   Memory memory;
 
@@ -47,6 +52,7 @@ class Staging {
     char* end = static_cast<char*>(rows.data);
     for (int64_t n = 0; n < count; ++n) end = std::max(end, rows.row(n) + width);
     char* const base = static_cast<char*>(rows.data);
+    if (end - base > kFar) return far_rows(name, rows, count, width, filled, written);
     Buffer& buffer = add(name, base, end - base, written);
     for (int64_t n = 0; n < count; ++n) {
       const auto offset = static_cast<size_t>(rows.row(n) - base);
@@ -77,6 +83,25 @@ class Staging {
   }
 
  private:
+  static constexpr ptrdiff_t kFar = 1 << 30;
+
+  // Rows that span more than memory holds: a buffer each, as far from each other as they are.
+  fastkd::Rows far_rows(const std::string& name, const fastkd::Rows& rows, int64_t count, size_t width, bool filled,
+                        bool written) {
+    char* const base = static_cast<char*>(rows.data);
+    ptrdiff_t furthest = 0;
+    for (int64_t n = 0; n < count; ++n) furthest = std::max(furthest, rows.row(n) - base);
+    arenas_.push_back(std::make_unique<Arena>(static_cast<size_t>(furthest) + width + 4 * kPage));
+    fastkd::Rows staged = rows;
+    staged.data = arenas_.back()->base() + kPage + reinterpret_cast<uintptr_t>(base) % 16;
+    for (int64_t n = 0; n < count; ++n) {
+      Buffer& buffer = memory.add(name + "[" + std::to_string(n) + "]", width, written, staged.row(n));
+      if (filled) buffer.fill(rows.row(n));
+      if (written) pieces_.push_back({&buffer, 0, rows.row(n), width});
+    }
+    return staged;
+  }
+
   struct Piece {
     Buffer* buffer;
     size_t offset;

@@ -1,0 +1,68 @@
+"""Runs one problem by a module of CUDA kernels in a process of its own: what test_cuda_mutation.py asks of a mutant.
+
+Argument: JSON of the module's path, launch bounds, seeds and ways (launch, problem, vocabulary). Prints JSON: for each
+way and seed "" or what was wrong, by the check that found it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import sys
+from pathlib import Path
+
+import simt_backend
+import torch
+from inputs import BF16, FP32, Case, Inputs, make_inputs
+from test_loss import Problem
+
+import fastkd
+
+
+def far_inputs(vocab: int) -> Inputs:
+    """Two rows, more than 2^31 elements from each other, in memory of which nothing else is touched."""
+    stride = 2**31 + 64
+    memory = mmap.mmap(-1, 2 * (stride + vocab), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # NORESERVE
+    base = torch.frombuffer(memory, dtype=BF16).as_strided((2, vocab), (stride, 1))
+    near = make_inputs(Case("far", lead=(2,), vocab=vocab, student_dtype=BF16, teacher_dtype=BF16))
+    base.copy_(near.student)
+    return near._replace(student_base=base)
+
+
+def wrong_with(seed: int, launch: dict, problem: dict, vocab: int) -> str:
+    how = dict(problem)
+    inplace, everything, far = how.pop("inplace", False), how.pop("everything", False), how.pop("far", False)
+    upstream = how.pop("upstream", 1.0)
+    dtype = FP32 if how.pop("fp32", False) else BF16
+    case = Case("mutant", lead=(2,), vocab=vocab, student_dtype=dtype, teacher_dtype=dtype, **how)
+    problem_of_case = Problem(case, "jsd", everything)
+    with simt_backend.native_on_simt(**launch, seed=seed):
+        try:
+            if far:
+                inputs = far_inputs(vocab)
+                student = inputs.student_base
+                fastkd.kd_loss(student, inputs.teacher, divergence="jsd", backend="native")
+            elif upstream != 1.0:
+                student = problem_of_case.inputs.student.clone().requires_grad_()
+                loss = fastkd.kd_loss(student, problem_of_case.inputs.teacher, divergence="jsd", backend="native")
+                (once,) = torch.autograd.grad(loss, student, torch.tensor(1.0), retain_graph=True)
+                (more,) = torch.autograd.grad(loss, student, torch.tensor(upstream))
+                torch.testing.assert_close(more, once * upstream)
+            else:
+                problem_of_case.check(problem_of_case.run(backend="native", inplace=inplace))
+        except RuntimeError as error:
+            return str(error)
+        except AssertionError as error:
+            return f"numbers: {error}"
+    return ""
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    simt_backend.enter(Path(job["module"]), job["bounds"])
+    found = [wrong_with(seed, *way) for way in job["ways"] for seed in job["seeds"]]
+    print("FOUND " + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

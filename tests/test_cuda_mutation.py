@@ -1,0 +1,161 @@
+"""Bugs planted in the shipped CUDA kernels, one at a time: each must be caught under every schedule tried, and by the
+check that is named beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import simt_backend
+import simt_build
+
+SEEDS = (0, 1, 2)
+BLOCK = {"variant": "block", "threads": 128}
+CLUSTER = {"variant": "cluster", "threads": 64, "parts": 4}
+STREAMING = {"variant": "streaming", "threads": 64, "parts": 3}
+PLANNED = {"multiprocessors": 1}
+
+
+class Mutant(NamedTuple):
+    """Replace `old`, which must occur in csrc/kernels/`file` exactly once, by `new`; run it so; who must complain."""
+
+    file: str
+    old: str
+    new: str
+    checks: str  # one of these, separated by |
+    launch: dict
+    vocab: int = 2051
+    problem: dict = {}  # noqa: RUF012
+
+
+MERGE, RESIDENT, STREAM, VIEW = (f"cuda/{name}.cuh" for name in ("merge", "resident", "streaming", "view"))
+
+MUTANTS = {
+    "missing barrier": Mutant(
+        MERGE, "shared_store(of_warps + warp, own);\n  block_sync();", "shared_store(of_warps + warp, own);",
+        "race|uninitialised", BLOCK,
+    ),
+    "barrier inside a branch": Mutant(
+        MERGE, "  } else {\n    block_sync();\n  }", "  } else if (team.lane != 3) {\n    block_sync();\n  }",
+        "divergent-barrier|deadlock", BLOCK,
+    ),
+    "missing barrier before reuse": Mutant(
+        RESIDENT, "broadcast<kWarpTeam>(row, &scratch->before_gradient, team)",
+        "broadcast<kWarpTeam>(row, &scratch->before_terms, team)", "race", PLANNED, vocab=777,
+    ),
+    "missing cluster barrier": Mutant(
+        MERGE, "shared_store(of_block, own);\n  cluster_sync();", "shared_store(of_block, own);\n  block_sync();",
+        "race|uninitialised", CLUSTER,
+    ),
+    "shared memory read after the peer's exit": Mutant(
+        RESIDENT, "  if (team.parts > 1) cluster_sync();", "", "peer-exit", CLUSTER,
+    ),
+    "a peer that the cluster does not have": Mutant(
+        MERGE, "peer_load(of_block, team.lane)", "peer_load(of_block, team.lane + 1)", "cluster-rank", CLUSTER,
+    ),
+    "one warp too many is merged": Mutant(
+        MERGE, "lane < warps ? shared_load", "lane <= warps ? shared_load", "uninitialised", BLOCK,
+    ),
+    "wrong mask": Mutant(MERGE, "warp_sync(kAllLanes)", "warp_sync(kAllLanes >> 1)", "bad-mask", PLANNED, vocab=777),
+    "missing wait on a copy": Mutant(
+        RESIDENT, "  copy_wait<0>();\n}", "  copy_wait<1>();\n}", "missing-wait", {"variant": "block", "threads": 64},
+    ),
+    "waves waited for one late": Mutant(
+        RESIDENT, "if (wave == 0) return copy_wait<3>();", "if (wave == 0) return;", "missing-wait", BLOCK,
+    ),
+    "misaligned vector": Mutant(
+        VIEW, "(access.width - column) % access.width", "(access.width - column + 1) % access.width",
+        "misaligned", STREAMING,
+    ),
+    "misaligned copy": Mutant(
+        VIEW, "(access.width - column) % access.width", "(access.width - column + 1) % access.width",
+        "misaligned", BLOCK,
+    ),
+    "undersized shared memory": Mutant(
+        "cuda/plan.cpp", "return scratch + round_up(", "return scratch - 16 + round_up(", "shared-bounds", PLANNED,
+    ),
+    "wrong slice end": Mutant(
+        VIEW, "static_cast<int64_t>(part + 1) * size(chunks)", "static_cast<int64_t>(part + 1) * size(chunks) - 1",
+        "unwritten", CLUSTER,
+    ),
+    "off-by-one tail": Mutant(
+        VIEW, "columns - head - chunks * access.width : 0", "columns - head - chunks * access.width - 1 : 0",
+        "unwritten", BLOCK,
+    ),
+    "a column too many": Mutant(
+        VIEW, "const int left = (k < heads ? head : columns) - first;",
+        "const int left = (k < heads ? head : columns + 1) - first;", "global-bounds|race|uninitialised", STREAMING,
+    ),
+    "lost rescale of the sums": Mutant(
+        MERGE, "p.rebase(largest_s, largest_t, r.softening);", "p.largest_s = largest_s, p.largest_t = largest_t;",
+        "numbers", BLOCK,
+    ),
+    "lost rescale of the gradient": Mutant(
+        "cuda/batch.cuh", "if (factor == 1 &&", "if (factor != 0 &&", "numbers", BLOCK, problem={"upstream": 3.0},
+    ),
+    "a number written by every part": Mutant(
+        STREAM, "if (team.part == 0 && team.lane == 0 && r.needs_hard)", "if (team.lane == 0 && r.needs_hard)",
+        "race-between-clusters", STREAMING, problem={"everything": True},
+    ),
+    "a read-only load of what is overwritten": Mutant(
+        STREAM, "stream<false>(view, team, [&](const Chunk& c, const Place& at) { sweep.gradient",
+        "stream<true>(view, team, [&](const Chunk& c, const Place& at) { sweep.gradient", "stale-read", STREAMING,
+        problem={"inplace": True},
+    ),
+    "int32 overflow": Mutant(
+        "params.h", "const int64_t offset = (n / inner) * outer_stride + (n % inner) * inner_stride;",
+        "const int offset = static_cast<int>((n / inner) * outer_stride + (n % inner) * inner_stride);",
+        "global-bounds", BLOCK, problem={"far": True},
+    ),
+    "int32 overflow, streamed": Mutant(
+        "params.h", "const int64_t offset = (n / inner) * outer_stride + (n % inner) * inner_stride;",
+        "const int offset = static_cast<int>((n / inner) * outer_stride + (n % inner) * inner_stride);",
+        "global-bounds", STREAMING, problem={"far": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory, native: str) -> list[Path]:
+    """Objects that no mutant changes."""
+    folder = tmp_path_factory.mktemp("common")
+    return [*simt_build.compile_machine(folder), *simt_build.compile_operators(folder)]
+
+
+def run(common: list[Path], csrc: Path, folder: Path, ways: list) -> list[str]:
+    """What each way (launch, problem, vocabulary) and seed has to say about these sources."""
+    objects = simt_build.compile_kernels(folder, csrc, ("jsd",))
+    binary = simt_backend.link([*common, *objects], folder)
+    job = {"module": str(binary), "bounds": simt_build.launch_bounds(csrc), "seeds": SEEDS, "ways": ways}
+    command = [sys.executable, str(Path(__file__).with_name("simt_mutant.py")), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    found = re.search(r"^FOUND (.*)$", done.stdout, re.MULTILINE)
+    assert found, done.stdout + done.stderr
+    return json.loads(found.group(1))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, common: list[Path], tmp_path: Path) -> None:
+    mutant = MUTANTS[name]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(simt_build.CSRC, csrc)
+    path = csrc / "kernels" / mutant.file
+    text = path.read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.file} no longer has this once: {mutant.old}"
+    path.write_text(text.replace(mutant.old, mutant.new))
+    ways = [[mutant.launch, mutant.problem, mutant.vocab]]
+    for seed, wrong in zip(SEEDS, run(common, csrc, tmp_path / "build", ways)):
+        assert re.search(rf"\b({mutant.checks}): ", wrong), f"seed {seed}: {wrong or 'not caught'}"
+
+
+def test_without_a_mutant(common: list[Path], tmp_path: Path) -> None:
+    """The same problems pass on the sources as they are."""
+    asked = {json.dumps([m.launch, m.problem, m.vocab], sort_keys=True) for m in MUTANTS.values()}
+    ways = [json.loads(way) for way in sorted(asked)]
+    assert run(common, simt_build.CSRC, tmp_path, ways) == [""] * (len(ways) * len(SEEDS))
