@@ -37,6 +37,7 @@ except ImportError as error:
     raise SystemExit(NO_TORCH.format(error=error)) from None
 
 CPU = Path("csrc/kernels/cpu")
+HOST = ("launch", "sparse_launch", "select")
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter", "-g0"]
 FLAGS += [f"-ffile-prefix-map={Path.cwd()}/="]  # error messages name csrc/..., not the build machine's folders
 ISA_FLAGS = {"baseline": []}
@@ -71,7 +72,7 @@ setup(
     ext_modules=[
         CppExtension(
             "fastkd._C",
-            ["csrc/torch/library.cpp", "csrc/torch/cpu_ops.cpp", str(CPU / "launch.cpp"), str(CPU / "select.cpp")],
+            ["csrc/torch/library.cpp", "csrc/torch/cpu_ops.cpp", *(str(CPU / f"{name}.cpp") for name in HOST)],
             py_limited_api=True,
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
             extra_compile_args=FLAGS,

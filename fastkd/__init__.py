@@ -4,16 +4,21 @@ from .backends import backends, explain
 from .functional import kd_loss
 from .linear import linear_kd_loss
 from .modules import KDLoss, LinearKDLoss
+from .sparse import SparseKDLoss, sparse_kd_loss
 from .stats import KDStats
+from .topk import TopKTeacher
 
 __version__ = "0.1.0"
 __all__ = [
     "KDLoss",
     "KDStats",
     "LinearKDLoss",
+    "SparseKDLoss",
+    "TopKTeacher",
     "__version__",
     "backends",
     "explain",
     "kd_loss",
     "linear_kd_loss",
+    "sparse_kd_loss",
 ]

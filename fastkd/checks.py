@@ -87,7 +87,8 @@ def check_num_items(num_items_in_batch: object, reduction: str, device: torch.de
     return torch.full((), float(num_items_in_batch), dtype=torch.float32, device=device)
 
 
-def _first_row(mask: Tensor) -> tuple[int, ...]:
+def first_row(mask: Tensor) -> tuple[int, ...]:
+    """Index of the first True."""
     return tuple(int(i) for i in mask.nonzero()[0])
 
 
@@ -98,7 +99,7 @@ def check_values_on_cpu(vocab_size: int, labels: Tensor | None, temperature: Ten
         valid = labels != ignore_index
         wrong = valid & ((labels < 0) | (labels >= vocab_size))
         if wrong.any():
-            row = _first_row(wrong)
+            row = first_row(wrong)
             raise ValueError(
                 f"labels{list(row)} = {int(labels[row])} is outside [0, {vocab_size}) "
                 f"and is not ignore_index ({ignore_index})"
@@ -108,7 +109,7 @@ def check_values_on_cpu(vocab_size: int, labels: Tensor | None, temperature: Ten
         if valid is not None:
             wrong = wrong & valid
         if wrong.any():
-            row = _first_row(wrong)
+            row = first_row(wrong)
             raise ValueError(f"temperature{list(row)} = {float(temperature[row])} must be a finite number > 0")
 
 

@@ -62,11 +62,12 @@ def _cross_entropy(student: Tensor, labels: Tensor, options: Options) -> Tensor:
     return ce + options.z_loss * lse.square()
 
 
-def _entropy(log_probs: Tensor) -> Tensor:
+def entropy(log_probs: Tensor) -> Tensor:
+    """In nats, along the last dimension."""
     return -_where_positive(log_probs.exp(), log_probs).sum(-1)
 
 
-def _softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
     """c tanh(logits / c); -inf stays a mask."""
     if softcap is None:
         return logits
@@ -81,6 +82,46 @@ def _reduce(loss: Tensor, weights: Tensor, options: Options, num_items: Tensor |
         return total
     denominator = weights.sum() if num_items is None else num_items.to(total.dtype)
     return total / torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+
+
+def valid_rows(labels: Tensor | None, logits: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """``(...)`` mask of the tokens that count, and the labels with a column in place of ``ignore_index``."""
+    if labels is None:
+        return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device), None
+    valid = labels != ignore_index
+    return valid, torch.where(valid, labels, 0)
+
+
+def row_temperature(temperature: Tensor | None, valid: Tensor, options: Options, dtype: torch.dtype) -> Tensor | float:
+    """The option's float, or ``(..., 1)``."""
+    if temperature is None:
+        return options.temperature
+    return torch.where(valid, temperature, 1.0).to(dtype).unsqueeze(-1)
+
+
+def loss_of_rows(
+    student: Tensor,
+    kd: Tensor,
+    labels: Tensor | None,
+    valid: Tensor,
+    token_weights: Tensor | None,
+    t: Tensor | float,
+    num_items: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """The reduced loss, and the cross-entropy ``(...)``. student: softcapped ``(..., V)``; kd: divergence ``(...)``."""
+    t_squared = t.squeeze(-1) ** 2 if isinstance(t, Tensor) else t * t
+    loss = torch.where(torch.zeros_like(valid), student.amax(-1), 0.0)  # 0 with a graph, whatever is left out below
+    if options.kd_weight != 0:  # else left out: it may be infinite
+        loss = options.kd_weight * (kd * t_squared if options.scale_by_t2 else kd)
+    ce = torch.zeros_like(kd)
+    if labels is not None and (options.ce_weight != 0 or options.return_stats):
+        ce = _cross_entropy(student, labels, options)
+    if options.ce_weight != 0:
+        loss = loss + options.ce_weight * ce
+    weights = valid.to(kd.dtype) if token_weights is None else torch.where(valid, token_weights.to(kd.dtype), 0.0)
+    loss = torch.where(valid, weights * loss, 0.0)
+    return _reduce(loss, weights, options, num_items), ce
 
 
 def eager_kd_loss(
@@ -98,35 +139,18 @@ def eager_kd_loss(
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])
     student, teacher = student_logits[..., :vocab].to(dtype), teacher_logits[..., :vocab].to(dtype)
-    valid = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
-    if labels is not None:
-        valid = labels != options.ignore_index
-        labels = torch.where(valid, labels, 0)
+    valid, labels = valid_rows(labels, student, options.ignore_index)
     # ignored rows may hold NaN: replaced before any arithmetic, so that their gradient is exactly 0
-    student = torch.where(valid.unsqueeze(-1), student, 0.0)
-    teacher = torch.where(valid.unsqueeze(-1), teacher, 0.0)
-    student = _softcapped(student, options.student_softcap)
-    teacher = _softcapped(teacher, options.teacher_softcap)
+    student = softcapped(torch.where(valid.unsqueeze(-1), student, 0.0), options.student_softcap)
+    teacher = softcapped(torch.where(valid.unsqueeze(-1), teacher, 0.0), options.teacher_softcap)
 
-    t = options.temperature if temperature is None else torch.where(valid, temperature, 1.0).to(dtype).unsqueeze(-1)
+    t = row_temperature(temperature, valid, options, dtype)
     lq, lp = torch.log_softmax(student / t, -1), torch.log_softmax(teacher / t, -1)
     kd = divergence_terms(options.divergence, options.beta, lp, lq).sum(-1)
-    t_squared = t.squeeze(-1) ** 2 if isinstance(t, Tensor) else t * t
-    loss = torch.where(torch.zeros_like(valid), student.amax(-1), 0.0)  # 0 with a graph, whatever is left out below
-    if options.kd_weight != 0:  # else left out: it may be infinite
-        loss = options.kd_weight * (kd * t_squared if options.scale_by_t2 else kd)
-    ce = torch.zeros_like(kd)
-    if labels is not None and (options.ce_weight != 0 or options.return_stats):
-        ce = _cross_entropy(student, labels, options)
-    if options.ce_weight != 0:
-        loss = loss + options.ce_weight * ce
-
-    weights = valid.to(dtype) if token_weights is None else torch.where(valid, token_weights.to(dtype), 0.0)
-    loss = torch.where(valid, weights * loss, 0.0)
-    reduced = _reduce(loss, weights, options, num_items)
+    reduced, ce = loss_of_rows(student, kd, labels, valid, token_weights, t, num_items, options)
     if not options.return_stats:
         return reduced, None
     with torch.no_grad():
         agree = (lq.argmax(-1) == lp.argmax(-1)).to(dtype)
-        rows = (kd.detach(), ce.detach(), _entropy(lq.detach()), _entropy(lp.detach()), agree)
+        rows = (kd.detach(), ce.detach(), entropy(lq.detach()), entropy(lp.detach()), agree)
         return reduced, KDStats(*(torch.where(valid, row, 0.0).float() for row in rows))

@@ -79,14 +79,14 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.with_gradient = inputs[-1]
 
 
-def _backward_of(operators: Operators) -> Callable:
+def _backward_of(operators: Operators, inputs: int) -> Callable:
     def backward(ctx, upstream: Tensor | None, *_unused: Tensor | None):
         if upstream is None:
-            return (None,) * 13
+            return (None,) * inputs
         if not ctx.with_gradient:
             raise RuntimeError("the forward operator was called with with_gradient=False and cannot be differentiated")
         gradient, pending = ctx.saved_tensors
-        return rescaled(operators, gradient, upstream, pending), *(None,) * 12
+        return rescaled(operators, gradient, upstream, pending), *(None,) * (inputs - 1)
 
     return backward
 
@@ -120,7 +120,16 @@ class _Loss(torch.autograd.Function):
         return rescaled(ctx.operators, gradient, upstream, pending), None, None, None
 
 
-def _fake_outputs(student_logits: Tensor, reduction: str, with_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+def run(operators: Operators, student_logits: Tensor, arguments: tuple, inplace: bool) -> tuple[Tensor, Tensor]:
+    """loss and stats of a backend's operators, with autograd where a gradient is asked for."""
+    with_gradient = student_logits.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or not with_gradient:
+        loss, _, _, stats = operators.forward(student_logits, *arguments, with_gradient)
+        return loss, stats
+    return _Loss.apply(student_logits, operators, arguments, inplace)
+
+
+def fake_outputs(student_logits: Tensor, reduction: str, with_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
     """loss, pending, stats as the operators allocate them."""
     new = student_logits.new_empty
     shape = student_logits.shape[:-1]
@@ -131,14 +140,14 @@ def _fake_outputs(student_logits: Tensor, reduction: str, with_stats: bool) -> t
 def _fake_forward(student_logits, teacher_logits, *arguments):
     *_, reduction, with_stats, with_gradient = arguments
     torch._check(student_logits.shape[:-1] == teacher_logits.shape[:-1], lambda: "logits differ in their leading shape")
-    loss, pending, stats = _fake_outputs(student_logits, reduction, with_stats)
+    loss, pending, stats = fake_outputs(student_logits, reduction, with_stats)
     return loss, student_logits.new_empty(student_logits.shape if with_gradient else (0,)), pending, stats
 
 
 def _fake_forward_inplace(student_logits, teacher_logits, *arguments):
     *_, reduction, with_stats = arguments
     torch._check(student_logits.shape[:-1] == teacher_logits.shape[:-1], lambda: "logits differ in their leading shape")
-    return _fake_outputs(student_logits, reduction, with_stats)
+    return fake_outputs(student_logits, reduction, with_stats)
 
 
 def _fake_rescale(gradient, upstream, pending):
@@ -149,30 +158,36 @@ def _fake_rescale_inplace(gradient, upstream, pending):
     return None
 
 
+def register_operators(forward: str, rescale: str, fake: Callable, fake_inplace: Callable, inputs: int) -> Operators:
+    """Fake kernels and autograd for fastkd::<forward>, of so many inputs, and its twin <forward>_ in place; <rescale>
+    and <rescale>_ serve their gradients."""
+    torch.library.register_fake(f"fastkd::{forward}", fake)
+    torch.library.register_fake(f"fastkd::{forward}_", fake_inplace)
+    names = (forward, f"{forward}_", rescale, f"{rescale}_")
+    operators = Operators(*(getattr(torch.ops.fastkd, name).default for name in names))
+    backward = _backward_of(operators, inputs)
+    torch.library.register_autograd(f"fastkd::{forward}", backward, setup_context=_setup_context)
+    return operators
+
+
 def register_backend(name: str, prefix: str) -> None:
     """Fake kernels and autograd for the four operators fastkd::<prefix>...; enters them into ``registered``."""
-    words = {
-        "forward": _fake_forward,
-        "forward_": _fake_forward_inplace,
-        "rescale": _fake_rescale,
-        "rescale_": _fake_rescale_inplace,
-    }
-    for word, fake in words.items():
-        torch.library.register_fake(f"fastkd::{prefix}{word}", fake)
-    operators = Operators(*(getattr(torch.ops.fastkd, prefix + word).default for word in words))
-    torch.library.register_autograd(f"fastkd::{prefix}forward", _backward_of(operators), setup_context=_setup_context)
-    registered[name] = operators
+    rescale = f"{prefix}rescale"
+    torch.library.register_fake(f"fastkd::{rescale}", _fake_rescale)
+    torch.library.register_fake(f"fastkd::{rescale}_", _fake_rescale_inplace)
+    registered[name] = register_operators(f"{prefix}forward", rescale, _fake_forward, _fake_forward_inplace, 13)
 
 
 if not load_error:
     register_backend("native", "kd_")
 
 
-def scalars_of(o: Options) -> Tensor:
-    """(8) float64 on the CPU. Traced, by arithmetic alone, which keeps a changing number out of the graph's guards."""
+def scalars_of(o: Options, last: float | None = None) -> Tensor:
+    """(8) float64 on the CPU; ``last`` in place of the teacher's softcap. Traced, by arithmetic alone, which keeps a
+    changing number out of the graph's guards."""
     numbers = (
         o.beta, o.temperature, o.kd_weight, o.ce_weight, o.label_smoothing, o.z_loss,
-        o.student_softcap or 0.0, o.teacher_softcap or 0.0,
+        o.student_softcap or 0.0, (o.teacher_softcap or 0.0) if last is None else last,
     )  # fmt: skip
     if not torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=torch.float64)
@@ -201,10 +216,7 @@ def fused_kd_loss(
     if o.inplace and with_gradient and not tracing:
         checks.check_inplace(student_logits, teacher_logits)
     try:
-        if tracing or not with_gradient:
-            loss, _, _, stats = operators.forward(student_logits, *arguments, with_gradient)
-        else:
-            loss, stats = _Loss.apply(student_logits, operators, arguments, o.inplace)
+        loss, stats = run(operators, student_logits, arguments, o.inplace)
     except RuntimeError:
         if not tracing:  # the operator knows only RuntimeError; this says which value of which argument it was
             vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])

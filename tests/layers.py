@@ -19,7 +19,7 @@ TORCH_HEADER = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
 CUDA_HEADER = re.compile(r"^(cuda|cub/|cooperative_groups|thrust/)")
 
 # outer packages of fastkd and the module that hands commands to them by name
-OUTER = {"bench", "demo", "trainer", "integrations", "cli", "__main__"}
+OUTER = {"bench", "demo", "teachers", "trainer", "integrations", "cli", "__main__"}
 # outer package -> the outer packages it may use
 OUTER_MAY_IMPORT = {"demo": {"demo", "trainer"}, "__main__": {"cli"}}
 # packages that the core of fastkd may import besides the standard library
@@ -30,11 +30,11 @@ ALSO_MAY_IMPORT = {"triton": {"triton"}}
 CORE_ORDER = (
     {"_C"},
     {"checks", "divergence", "products", "stats"},
-    {"linear_checks", "options"},
-    {"eager", "ops"},
+    {"linear_checks", "options", "topk"},
+    {"eager", "ops", "sparse_checks"},
     {"triton"},
-    {"backends", "linear_chunks"},
-    {"functional", "linear_eager"},
+    {"backends", "linear_chunks", "sparse_eager", "sparse_ops"},
+    {"functional", "linear_eager", "sparse"},
     {"linear"},
     {"modules"},
     {"__init__"},

@@ -77,8 +77,20 @@ struct Executor {
 
 // What was wrong with the values of the arguments.
 struct Status {
-  enum Code { ok, label_out_of_range, bad_temperature } code = ok;
+  enum Code {
+    ok,
+    label_out_of_range,
+    bad_temperature,
+    // of a sparse teacher's row, in the order in which they are looked for
+    bad_id,
+    bad_logprob,
+    bad_weight,
+    duplicate_id,
+    excess_mass,
+    no_entry,
+  } code = ok;
   int64_t row = 0;
+  int64_t entry = 0;  // of K
 };
 
 }  // namespace fastkd

@@ -2,8 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../kernels/cpu/isa.h"
-#include "../kernels/cpu/launch.h"
-#include "arguments.h"
+#include "../kernels/cpu/sparse_launch.h"
+#include "sparse_arguments.h"
 
 namespace fastkd {
 namespace {
@@ -25,20 +25,36 @@ void raise_for(const Status& status, const RowTensors& rows) {
                   " must be a finite number > 0");
 }
 
+// The call that `compute(call)` finishes.
+template <class Compute>
+Outputs run(LossParams& p, const Tensor& student, const Tensor& teacher, RowTensors& rows, const Scalars& o,
+            const Compute& compute) {
+  const char* isa_error = "";
+  STD_TORCH_CHECK(selected_kernels(&isa_error), isa_error);
+  fill_params(p, student, teacher, rows, o);
+  LossCall call;
+  call.reduction = parse_reduction(o.reduction);
+  call.num_items = float_data(rows.num_items);
+  Outputs out = new_outputs(p, student, o);
+  call.loss = static_cast<float*>(out.loss.mutable_data_ptr());
+  call.pending_scale = static_cast<float*>(out.pending.mutable_data_ptr());
+  call.params = p;
+  raise_for(compute(call), rows);
+  return out;
+}
+
 struct Cpu {
   static Outputs loss(LossParams p, const Tensor& student, const Tensor& teacher, RowTensors rows, const Scalars& o) {
-    const char* isa_error = "";
-    STD_TORCH_CHECK(selected_kernels(&isa_error), isa_error);
-    fill_params(p, student, teacher, rows, o);
-    LossCall call;
-    call.reduction = parse_reduction(o.reduction);
-    call.num_items = float_data(rows.num_items);
-    Outputs out = new_outputs(p, student, o);
-    call.loss = static_cast<float*>(out.loss.mutable_data_ptr());
-    call.pending_scale = static_cast<float*>(out.pending.mutable_data_ptr());
-    call.params = p;
-    raise_for(run_loss_cpu(call, torch_threads()), rows);
-    return out;
+    return run(p, student, teacher, rows, o, [](const LossCall& call) { return run_loss_cpu(call, torch_threads()); });
+  }
+
+  static Outputs sparse(LossParams p, const SparseTeacher& teacher, const Tensor& student, RowTensors rows,
+                        const Scalars& o) {
+    return run(p, student, student, rows, o, [&](const LossCall& call) {
+      const Status status = run_sparse_cpu(call, teacher, torch_threads());
+      raise_for_teacher(status, teacher);
+      return status;
+    });
   }
 
   static void rescale(Rows source, Rows target, const Tensor& gradient, const Tensor& upstream, const Tensor& pending) {
@@ -58,4 +74,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("kd_forward_", TORCH_BOX(&Cpu::kd_forward_));
   m.impl("kd_rescale", TORCH_BOX(&Cpu::kd_rescale));
   m.impl("kd_rescale_", TORCH_BOX(&Cpu::kd_rescale_));
+  using Sparse = fastkd::SparseOperators<fastkd::Cpu>;
+  m.impl("sparse_forward", TORCH_BOX(&Sparse::sparse_forward));
+  m.impl("sparse_forward_", TORCH_BOX(&Sparse::sparse_forward_));
 }

@@ -15,12 +15,24 @@
   "Tensor teacher_logits, Tensor? labels, Tensor? token_weights, Tensor? temperatures, Tensor? num_items, " \
   "Tensor scalars, str divergence, bool scale_by_t2, int ignore_index, str reduction, bool with_stats"
 
+// The same for a teacher that names K columns. ids: (..., K) int64, -1 with log-probability -inf where there is no
+// entry; weights: of the draws of tail "sampled". scalars: the last one is the temperature of the log-probabilities, 0
+// where they were taken at the loss's own.
+#define FASTKD_SPARSE_ARGUMENTS                                                                                 \
+  "Tensor ids, Tensor logprobs, Tensor? weights, Tensor? labels, Tensor? token_weights, Tensor? temperatures, " \
+  "Tensor? num_items, Tensor scalars, str tail, str divergence, bool scale_by_t2, int ignore_index, "           \
+  "str reduction, bool with_stats"
+
 STABLE_TORCH_LIBRARY(fastkd, m) {
   // -> loss, gradient (empty without with_gradient), pending scale of the gradient, stats (5, ...) or empty
   m.def("kd_forward(Tensor student_logits, " FASTKD_LOSS_ARGUMENTS
         ", bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
   // Overwrites student_logits with the gradient. -> loss, pending scale, stats
   m.def("kd_forward_(Tensor(a!) student_logits, " FASTKD_LOSS_ARGUMENTS ") -> (Tensor, Tensor, Tensor)");
+  // Outputs as above.
+  m.def("sparse_forward(Tensor student_logits, " FASTKD_SPARSE_ARGUMENTS
+        ", bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("sparse_forward_(Tensor(a!) student_logits, " FASTKD_SPARSE_ARGUMENTS ") -> (Tensor, Tensor, Tensor)");
   // gradient * upstream * pending, row by row; upstream is 0-d or (...)
   m.def("kd_rescale(Tensor gradient, Tensor upstream, Tensor pending) -> Tensor");
   m.def("kd_rescale_(Tensor(a!) gradient, Tensor upstream, Tensor pending) -> ()");

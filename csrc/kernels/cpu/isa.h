@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../params.h"
+#include "../sparse_params.h"
 
 namespace fastkd {
 
@@ -17,6 +18,12 @@ struct RowScratch {
   TermSums* terms;
 };
 
+// The same for a row with a sparse teacher.
+struct SparseScratch {
+  float *exponentials, *exp_hard;
+  StudentPiece* pieces;
+};
+
 struct CpuKernels {
   const char* name;
   int lanes;  // floats per vector
@@ -25,6 +32,8 @@ struct CpuKernels {
   // one row by all threads of the executor
   void (*shared_row)(const LossParams&, int64_t row, const RowScratch&, const Executor&);
   void (*rescale)(const RescaleParams&, int64_t begin, int64_t end);
+  // one row that is not ignored; by all threads of the executor, or by the calling one alone where there is none
+  void (*sparse_row)(const LossParams&, int64_t row, const SparseRow&, const SparseScratch&, const Executor*);
 };
 
 extern const CpuKernels kBaselineKernels, kAvx2Kernels, kAvx512Kernels;

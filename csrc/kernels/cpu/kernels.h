@@ -3,6 +3,7 @@
 #pragma once
 
 #include "row_kernel.h"
+#include "sparse_row.h"
 
 namespace fastkd {
 namespace {
@@ -73,6 +74,6 @@ void run_rescale(const RescaleParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const CpuKernels FASTKD_KERNELS = {FASTKD_ISA_NAME, kLanes, run_rows, run_shared_row, run_rescale};
+const CpuKernels FASTKD_KERNELS = {FASTKD_ISA_NAME, kLanes, run_rows, run_shared_row, run_rescale, run_sparse_row};
 
 }  // namespace fastkd

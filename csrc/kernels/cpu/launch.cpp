@@ -11,8 +11,6 @@
 #include <sys/mman.h>
 #endif
 
-#include "isa.h"
-
 namespace fastkd {
 namespace {
 
@@ -58,6 +56,8 @@ class ThreadScratch {
 
 thread_local ThreadScratch thread_scratch;
 
+}  // namespace
+
 Status check_values(const LossParams& p) {
   for (int64_t n = 0; n < p.rows; ++n) {
     if (p.ignored(n)) continue;
@@ -68,6 +68,8 @@ Status check_values(const LossParams& p) {
   }
   return {};
 }
+
+namespace {
 
 // 1 / denominator of the mean; a denominator of 0 (no token) leaves the sum, which is 0, as it is.
 double normaliser(const LossCall& call) {
@@ -98,7 +100,10 @@ void advise_huge_pages(const LossParams& p) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether threads should share each row instead of taking rows of their own: in blocks of the busiest thread's work.
+}  // namespace
+
+int64_t serial_rows(int64_t columns) { return divide_up(kSerialColumns, columns); }
+
 bool rows_are_shared(const LossParams& p, int threads) {
   if (threads <= 1 || p.rows * p.columns < kSerialColumns) return false;
   const int64_t blocks = blocks_of(p.columns);
@@ -107,7 +112,9 @@ bool rows_are_shared(const LossParams& p, int threads) {
   return shared < own;
 }
 
-void compute_rows(const LossParams& p, const CpuKernels& kernels, const Executor& executor) {
+namespace {
+
+void compute_rows(const void*, const LossParams& p, const CpuKernels& kernels, const Executor& executor) {
   if (rows_are_shared(p, executor.threads)) {
     const RowScratch scratch = thread_scratch.for_columns(p.columns);
     for (int64_t n = 0; n < p.rows; ++n) kernels.shared_row(p, n, scratch, executor);
@@ -121,15 +128,13 @@ void compute_rows(const LossParams& p, const CpuKernels& kernels, const Executor
     const auto& [params, table] = *static_cast<Context*>(c);
     table.rows(params, begin, end, thread_scratch.for_columns(params.columns));
   };
-  executor.run(p.rows, divide_up(kSerialColumns, p.columns), body, &context);
+  executor.run(p.rows, serial_rows(p.columns), body, &context);
 }
 
 }  // namespace
 
-Status run_loss_cpu(LossCall call, const Executor& executor) {
+void run_call_cpu(LossCall call, const RowRunner& rows, const Executor& executor) {
   LossParams& p = call.params;
-  const Status status = check_values(p);
-  if (status.code != Status::ok) return status;
   const double normalise = normaliser(call);
   // fp16 keeps the gradient of the sum: (q - p) / N would underflow before a loss scaler could save it
   const bool store_normalised = p.gradient.dtype != DType::float16;
@@ -142,12 +147,17 @@ Status run_loss_cpu(LossCall call, const Executor& executor) {
   const char* error = "";
   if (p.rows > 0) {
     advise_huge_pages(p);
-    compute_rows(p, *selected_kernels(&error), executor);
+    rows.run(rows.context, p, *selected_kernels(&error), executor);
   }
-  if (call.reduction == Reduction::none) return status;
+  if (call.reduction == Reduction::none) return;
   double total = 0;  // in row order: the same bits whoever computed the rows
   for (const float loss : row_loss) total += loss;
   *call.loss = static_cast<float>(total * normalise);
+}
+
+Status run_loss_cpu(LossCall call, const Executor& executor) {
+  const Status status = check_values(call.params);
+  if (status.code == Status::ok) run_call_cpu(call, {compute_rows}, executor);
   return status;
 }
 
@@ -161,7 +171,7 @@ void run_rescale_cpu(const RescaleParams& params, const Executor& executor) {
   const auto body = [](void* c, int64_t begin, int64_t end) {
     static_cast<Context*>(c)->kernels.rescale(static_cast<Context*>(c)->params, begin, end);
   };
-  if (params.rows > 0) executor.run(params.rows, divide_up(kSerialColumns, params.columns), body, &context);
+  if (params.rows > 0) executor.run(params.rows, serial_rows(params.columns), body, &context);
 }
 
 }  // namespace fastkd

@@ -1,7 +1,7 @@
 // The CPU kernels' entry: one call of the loss, and the rescaling of a stored gradient.
 #pragma once
 
-#include "../params.h"
+#include "isa.h"
 
 namespace fastkd {
 
@@ -12,6 +12,24 @@ struct LossCall {
   float* loss = nullptr;             // (1), or (N) for Reduction::none
   float* pending_scale = nullptr;  // (1): what the stored gradient still has to be multiplied by, besides the upstream
 };
+
+// What computes the rows of a call.
+struct RowRunner {
+  void (*run)(const void* context, const LossParams&, const CpuKernels&, const Executor&);
+  const void* context = nullptr;
+};
+
+// Labels in the vocabulary, temperatures finite and above 0, at the rows that are not ignored.
+Status check_values(const LossParams& params);
+
+// A call but its rows: the denominator, where the row losses go, their sum in row order.
+void run_call_cpu(LossCall call, const RowRunner& rows, const Executor& executor);
+
+// Whether threads should share each row instead of taking rows of their own: in blocks of the busiest thread's work.
+bool rows_are_shared(const LossParams& params, int threads);
+
+// Rows below which waking a second thread costs more than it saves.
+int64_t serial_rows(int64_t columns);
 
 // Checks labels and temperatures, then computes. Nothing is written unless the status is ok.
 Status run_loss_cpu(LossCall call, const Executor& executor);
