@@ -36,12 +36,12 @@ def link(objects: Sequence[Path], folder: Path) -> Path:
     return simt_build.link(NAME, objects, folder, ("-L" + str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu"))
 
 
-def enter(binary: Path, bounds: dict[str, int]) -> ModuleType:
+def enter(binary: Path) -> ModuleType:
     """Imports a module and registers its operators; one in a process."""
     assert not _entered
     _library()
     module = simt_build.load(NAME, binary)
-    module.announce(bounds)
+    module.announce()
     ops.register_backend("simt", "simt_")
     _entered.append(module)
     return module
@@ -52,7 +52,7 @@ def module() -> ModuleType:
     if not _entered:
         folder = Path(tempfile.mkdtemp(prefix="fastkd-simt-"))
         objects = [*simt_build.compile_machine(folder), *simt_build.compile_kernels(folder)]
-        enter(link([*objects, *simt_build.compile_operators(folder)], folder), simt_build.launch_bounds())
+        enter(link([*objects, *simt_build.compile_operators(folder)], folder))
     return _entered[0]
 
 

@@ -40,6 +40,15 @@ def compile_selftest(folder: Path, flags: Sequence[str] = ("-O2",)) -> list[Path
     return _compile([SIMT / "selftest.cpp"], folder, (*flags, *PYTHON))
 
 
+def write_bounds(folder: Path, csrc: Path) -> None:
+    """simt_bounds.h: what stands before each kernel as the most threads a block that it is compiled for."""
+    source = "".join(path.read_text() for path in sorted((csrc / "kernels" / "cuda").glob("*.cuh")))
+    found = re.findall(r"FASTKD_KERNEL\(([^,()]+), [^()]+\)\s*(\w+)\(FASTKD_CONSTANT", source)
+    assert found
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "simt_bounds.h").write_text("".join(f"#define BOUND_{kernel} ({most})\n" for most, kernel in found))
+
+
 def compile_kernels(
     folder: Path, csrc: Path = CSRC, divergences: Sequence[str] = DIVERGENCES, flags: Sequence[str] = ("-O1",)
 ) -> list[Path]:
@@ -50,7 +59,8 @@ def compile_kernels(
     driver = csrc.parent / "tests" / "simt" / "driver"
     sources = [cuda / f"{name}.cu" for name in (*divergences, "launch")]
     sources += [cuda / "plan.cpp", driver / "announce.cpp", driver / "without.cpp"]
-    return _compile(sources, folder, (*flags, "-x", "c++"))
+    write_bounds(folder, csrc)
+    return _compile(sources, folder, (*flags, f"-I{folder}", "-x", "c++"))
 
 
 def compile_operators(folder: Path) -> list[Path]:
@@ -72,10 +82,3 @@ def load(name: str, binary: Path) -> ModuleType:
     spec.loader.exec_module(module)
     sys.modules[name] = module
     return module
-
-
-def launch_bounds(csrc: Path = CSRC) -> dict[str, int]:
-    """Kernel -> the most threads a block that it is compiled for; 0 where that depends on its template argument."""
-    source = "".join(path.read_text() for path in sorted((csrc / "kernels" / "cuda").glob("*.cuh")))
-    found = re.findall(r"FASTKD_KERNEL\(([^,()]+), [^()]+\)\s*(\w+)\(FASTKD_CONSTANT", source)
-    return {name: int(most) if most.isdigit() else 0 for most, name in found}

@@ -1,6 +1,6 @@
 """Runs one problem by a module of CUDA kernels in a process of its own: what test_cuda_mutation.py asks of a mutant.
 
-Argument: JSON of the module's path, launch bounds, seeds and ways (launch, problem, vocabulary). Prints JSON: for each
+Argument: JSON of the module's path, seeds and ways (launch, problem, vocabulary). Prints JSON: for each
 way and seed "" or what was wrong, by the check that found it.
 """
 
@@ -59,7 +59,7 @@ def wrong_with(seed: int, launch: dict, problem: dict, vocab: int) -> str:
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    simt_backend.enter(Path(job["module"]), job["bounds"])
+    simt_backend.enter(Path(job["module"]))
     found = [wrong_with(seed, *way) for way in job["ways"] for seed in job["seeds"]]
     print("FOUND " + json.dumps(found))
 

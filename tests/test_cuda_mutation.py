@@ -132,7 +132,7 @@ def run(common: list[Path], csrc: Path, folder: Path, ways: list) -> list[str]:
     """What each way (launch, problem, vocabulary) and seed has to say about these sources."""
     objects = simt_build.compile_kernels(folder, csrc, ("jsd",))
     binary = simt_backend.link([*common, *objects], folder)
-    job = {"module": str(binary), "bounds": simt_build.launch_bounds(csrc), "seeds": SEEDS, "ways": ways}
+    job = {"module": str(binary), "seeds": SEEDS, "ways": ways}
     command = [sys.executable, str(Path(__file__).with_name("simt_mutant.py")), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     found = re.search(r"^FOUND (.*)$", done.stdout, re.MULTILINE)

@@ -1,4 +1,7 @@
-// The kernels of fastkd, announced to the driver.
+// The kernels of fastkd, announced to the driver with the launch bounds that stand before them in the source:
+// simt_bounds.h, made by simt_build.py, has BOUND_<kernel> for each.
+#include <simt_bounds.h>
+
 #include "../../../csrc/kernels/cuda/batch.cuh"
 #include "../../../csrc/kernels/cuda/table.h"
 #include "driver.h"
@@ -6,34 +9,40 @@
 namespace simt {
 
 using namespace fastkd;
+using namespace fastkd::gpu;
 
-void announce_kernels(const std::map<std::string, int>& bounds) {
-  const auto all = [&](const std::string& name, KernelTable (*tables)(bool)) {
-    for (const bool rich : {false, true}) {
-      const KernelTable table = tables(rich);
-      const std::string full = name + (rich ? ".rich" : "");
-      const auto add = [&](const char* member, KernelTable::Kernel kernel, const char* in_source) {
-        const int of_kind =
-            rich ? gpu::Kind<Divergence::jsd, true>::kMostThreads : gpu::Kind<Divergence::jsd, false>::kMostThreads;
-        const int bound = bounds.at(in_source) ? bounds.at(in_source) : of_kind;
-        if (kernel) driver.announce(full + "." + member, kernel, bound);
-      };
-      add("warp", table.warp, "warp_resident");
-      add("block", table.block, "block_resident");
-      add("sums", table.sums, "stream_sums");
-      add("terms", table.terms, "stream_terms");
-      add("finish", table.finish, "stream_finish");
-    }
+namespace {
+
+template <class K>
+void announce_table(const std::string& name, const KernelTable& table) {
+  const auto add = [&](const char* member, KernelTable::Kernel kernel, int most_threads) {
+    if (kernel) driver.announce(name + member, kernel, most_threads);
   };
-  all("forward_kl", forward_kl_kernels);
-  all("symmetric_kl", symmetric_kl_kernels);
-  all("jsd", jsd_kernels);
-  all("total_variation", total_variation_kernels);
-  all("skew_forward_kl", skew_forward_kl_kernels);
-  all("skew_reverse_kl", skew_reverse_kl_kernels);
-  driver.announce("scales", gpu::scales_kernel, bounds.at("scales_kernel"));
-  driver.announce("total", gpu::total_kernel, bounds.at("total_kernel"));
-  driver.announce("rescale", gpu::rescale_kernel, bounds.at("rescale_kernel"));
+  add(".warp", table.warp, BOUND_warp_resident);
+  add(".block", table.block, BOUND_block_resident);
+  add(".sums", table.sums, BOUND_stream_sums);
+  add(".terms", table.terms, BOUND_stream_terms);
+  add(".finish", table.finish, BOUND_stream_finish);
+}
+
+template <Divergence kDivergence>
+void announce_divergence(const std::string& name, KernelTable (*tables)(bool)) {
+  announce_table<Kind<kDivergence, false>>(name, tables(false));
+  announce_table<Kind<kDivergence, true>>(name + ".rich", tables(true));
+}
+
+}  // namespace
+
+void announce_kernels() {
+  announce_divergence<Divergence::forward_kl>("forward_kl", forward_kl_kernels);
+  announce_divergence<Divergence::symmetric_kl>("symmetric_kl", symmetric_kl_kernels);
+  announce_divergence<Divergence::jsd>("jsd", jsd_kernels);
+  announce_divergence<Divergence::total_variation>("total_variation", total_variation_kernels);
+  announce_divergence<Divergence::skew_forward_kl>("skew_forward_kl", skew_forward_kl_kernels);
+  announce_divergence<Divergence::skew_reverse_kl>("skew_reverse_kl", skew_reverse_kl_kernels);
+  driver.announce("scales", scales_kernel, BOUND_scales_kernel);
+  driver.announce("total", total_kernel, BOUND_total_kernel);
+  driver.announce("rescale", rescale_kernel, BOUND_rescale_kernel);
 }
 
 }  // namespace simt

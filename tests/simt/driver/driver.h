@@ -52,8 +52,6 @@ struct Driver {
 
 extern Driver driver;
 
-// All kernels of fastkd that are linked. bounds: kernel -> threads of its launch bound, read from its source; 0: those
-// of its Kind.
-void announce_kernels(const std::map<std::string, int>& bounds);
+void announce_kernels();  // all of fastkd that are linked
 
 }  // namespace simt
