@@ -179,12 +179,12 @@ def kept_dtype(x: Tensor) -> torch.dtype:
 class Gradients:
     """Sums of the gradients over chunks of rows; None where one is not wanted."""
 
-    def __init__(self, call: Call, selection: Selection) -> None:
+    def __init__(self, call: Call, selection: Selection, logits_dtype: torch.dtype, chunks: int) -> None:
         wanted = call.needs if call.with_gradient else [False] * 3
         hidden, weight, bias = call.student_hidden, call.student_weight, call.student_bias
         new = hidden.new_empty if selection.index is None else hidden.new_zeros
         self.hidden = new(hidden.shape, dtype=kept_dtype(hidden)) if wanted[0] else None
-        self.weight = WeightGradient(weight, kept_dtype(weight)) if wanted[1] else None
+        self.weight = WeightGradient(weight, kept_dtype(weight), logits_dtype, chunks) if wanted[1] else None
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
         self.bias_dtype = None if bias is None else kept_dtype(bias)
 
@@ -227,7 +227,8 @@ class _Chunks:
         call, new, rows = self.call, self.call.student_hidden.new_zeros, self.call.student_hidden.shape[0]
         loss = new(rows if call.reduction == "none" else (), dtype=torch.float32)
         stats = new((5, rows) if call.with_stats else (0,), dtype=torch.float32)
-        sums = Gradients(call, self.selection)
+        chunks = -(-self.selection.count // self.step)
+        sums = Gradients(call, self.selection, self.student.logits_dtype, chunks)
         student_buffer, teacher_buffer = self.student.buffer(self.step), self.teacher.buffer(self.step)
         for start in range(0, self.selection.count, self.step):
             chunk = slice(start, min(start + self.step, self.selection.count))

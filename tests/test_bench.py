@@ -187,7 +187,7 @@ def test_a_provider_that_cannot_run_is_a_blank_with_a_reason() -> None:
 
 
 def _say_into(messages: list[dict], monkeypatch: pytest.MonkeyPatch, run) -> None:
-    monkeypatch.setattr(worker, "_say", lambda **message: messages.append(message))
+    monkeypatch.setattr(worker, "say", lambda **message: messages.append(message))
     monkeypatch.setitem(PROVIDERS, "compile", replace(PROVIDERS["compile"], run=run))
 
 

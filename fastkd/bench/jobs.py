@@ -43,6 +43,7 @@ class Job:
     repeats: int = 1  # runs that one timing averages
     memory: bool = True
     extra_environment: dict[str, str] = field(default_factory=dict)
+    worker: str = "fastkd.bench.worker"  # the module that measures it
 
 
 def default_jobs(arguments: Any) -> list[Job]:
@@ -114,7 +115,7 @@ def _messages(job: Job, kind: str, providers: list[str]) -> Iterable[dict[str, A
     request = {**asdict(job), "kind": kind, "providers": providers}
     environment = {**os.environ, **ENVIRONMENT, **job.extra_environment, "OMP_NUM_THREADS": str(job.threads)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastkd.bench.worker", json.dumps(request)],
+        [sys.executable, "-m", job.worker, json.dumps(request)],
         stdout=subprocess.PIPE,
         env=environment,
         text=True,
@@ -130,6 +131,9 @@ def _messages(job: Job, kind: str, providers: list[str]) -> Iterable[dict[str, A
         process.wait()
     if status != 0:
         raise MeasuringFailed(f"its measuring process ended with status {status}; the error is above")
+
+
+NOT_REPORTED = ("providers", "extra_environment", "worker")
 
 
 class MeasuringFailed(RuntimeError):
@@ -159,6 +163,6 @@ def run_job(job: Job, tick: Callable[[str], None]) -> list[dict[str, Any]]:
         for result in results.values():
             if "p50" not in result and "missing" not in result:
                 result.setdefault("wrong", f"{result['provider']}: {error}")
-    fields = {key: value for key, value in asdict(job).items() if key not in ("providers", "extra_environment")}
+    fields = {key: value for key, value in asdict(job).items() if key not in NOT_REPORTED}
     note = "warm allocator" if job.extra_environment else "allocator as it comes"
     return [{**fields, "allocator": note, **result} for result in results.values()]

@@ -87,7 +87,7 @@ def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     return max(0, _status("VmHWM") - before)
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """What an allocator keeps of earlier runs would hide the next run's needs."""
     gc.collect()
     with contextlib.suppress(AttributeError):  # glibc's own
@@ -100,5 +100,5 @@ def provider_memory(provider: Provider, problem: Problem) -> int:
     provider.run(problem)  # libraries, compiled code, thread pools and scratch that stay
     problem.student_logits.grad = None
     provider.prepare(problem)
-    _return_freed_memory()
+    return_freed_memory()
     return peak_extra_bytes(lambda: provider.run(problem), problem.student_logits.device.type)

@@ -68,7 +68,7 @@ GROUP = ("preset", "rows", "vocab", "dtype", "divergence", "threads")
 def add_rates(results: Sequence[Result]) -> None:
     """GB/s for the bytes that the task must move, its share of the copy's rate and its ratio to naive, of one group;
     the peak in units of one N x V tensor of the logits' dtype."""
-    timed = [result for result in results if "p50" in result]
+    timed = [result for result in results if "p50" in result and "moves" in result]
     for result in timed:
         unit = result["rows"] * result["vocab"] * BYTES[result["dtype"]]
         result["bytes"] = result["moves"] * unit
@@ -99,10 +99,10 @@ def console() -> Console:
 
 
 COLUMNS = (
-    "preset", "provider", "rows", "vocab", "dtype", "divergence", "temperature", "threads", "allocator", "cold",
-    "rounds", "repeats", "p20", "p50", "p80", "times_naive", "bytes", "gb_per_s", "share_of_copy", "peak", "peak_nv",
-    "error", "first_run_seconds", "missing", "wrong", "date", "cpu", "cores", "isa", "torch", "fastkd", "python",
-    "commit",
+    "preset", "provider", "rows", "hidden", "teacher_hidden", "vocab", "dtype", "divergence", "temperature", "threads",
+    "allocator", "cold", "rounds", "repeats", "p20", "p50", "p80", "times_naive", "bytes", "gb_per_s", "share_of_copy",
+    "peak", "peak_nv", "extra", "error", "first_run_seconds", "missing", "wrong", "date", "cpu", "cores", "isa",
+    "torch", "fastkd", "python", "commit",
 )  # fmt: skip
 
 

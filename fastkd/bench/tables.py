@@ -130,6 +130,14 @@ LAYOUTS: dict[str, Callable[[Sequence[Result]], list[Table]]] = {
 }
 
 
+def _none(results: Sequence[Result]) -> list[Table]:
+    """Of a preset that brings its own tables."""
+    return []
+
+
 def all_tables(results: Sequence[Result]) -> list[Table]:
     """The tables of each preset in the results."""
-    return [table for (preset,), group in _grouped(results, ("preset",)).items() for table in LAYOUTS[preset](group)]
+    tables = []
+    for (preset,), group in _grouped(results, ("preset",)).items():
+        tables += LAYOUTS.get(preset, _none)(group)
+    return tables

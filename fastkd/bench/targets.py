@@ -110,13 +110,13 @@ def all_targets() -> list[Target]:
     return targets
 
 
-def table_of_targets(results: Sequence[Result]) -> Table | None:
+def table_of_targets(results: Sequence[Result], more: Sequence[Target] = ()) -> Table | None:
     """Target, bound, measured, met; only those that this run measured."""
     table = Table(title="targets", title_justify="left")
     table.add_column("what", no_wrap=True)
     for name in ("bound", "measured", ""):
         table.add_column(name, justify="right")
-    for target in all_targets():
+    for target in [*all_targets(), *more]:
         value = target.measure(results)
         if value is not None:
             sign = "≥" if target.at_least else "≤"

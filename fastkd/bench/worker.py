@@ -17,7 +17,7 @@ from .measure import percentiles, provider_memory, time_in_turns
 from .providers import PROVIDERS, Problem, Provider
 
 
-def _say(**message: Any) -> None:
+def say(**message: Any) -> None:
     print(json.dumps(message), flush=True)
 
 
@@ -38,24 +38,24 @@ def _first_run(provider: Provider, problem: Problem) -> tuple[Any, float, str]:
 def _usable(names: list[str], problem: Problem) -> list[Provider]:
     """The providers that can run and are right; says why of the others, and the error of these."""
     usable = []
-    _say(tick="fp64 reference")
+    say(tick="fp64 reference")
     expected = reference(problem) if any(PROVIDERS[name].checked for name in names) else None
     for name in names:
         provider = PROVIDERS[name]
         missing = provider.missing(problem)
         if not missing:
-            _say(tick=f"{name}, check")
+            say(tick=f"{name}, check")
             problem.student_logits.grad = None
             result, seconds, missing = _first_run(provider, problem)
         if missing:
-            _say(provider=name, missing=missing)
+            say(provider=name, missing=missing)
             continue
         try:
             error = check(provider, problem, expected, *result) if provider.checked and expected else None
         except WrongResult as wrong:
-            _say(provider=name, wrong=str(wrong))
+            say(provider=name, wrong=str(wrong))
             continue
-        _say(provider=name, error=error, first_run_seconds=seconds)
+        say(provider=name, error=error, first_run_seconds=seconds)
         usable.append(provider)
     return usable
 
@@ -65,9 +65,9 @@ def _time(job: dict[str, Any], problem: Problem) -> None:
     usable = _usable(job["providers"], problem)
     for name, elapsed in time_in_turns(usable, problem, job["rounds"], job["cold"], job.get("repeats", 1)):
         seconds.setdefault(name, []).append(elapsed)
-        _say(tick=name)
+        say(tick=name)
     for name, values in seconds.items():
-        _say(provider=name, **percentiles(values), moves=PROVIDERS[name].moves)
+        say(provider=name, **percentiles(values), moves=PROVIDERS[name].moves)
 
 
 def main(argv: list[str]) -> int:
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     problem = Problem(job["rows"], job["vocab"], getattr(torch, job["dtype"]), job["temperature"], job["divergence"])
     if job["kind"] == "memory":
         (name,) = job["providers"]
-        _say(provider=name, peak=provider_memory(PROVIDERS[name], problem))
+        say(provider=name, peak=provider_memory(PROVIDERS[name], problem))
     else:
         _time(job, problem)
     return 0
