@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks, linear_checks
 from .backends import select_backend
-from .linear_chunks import DEFAULT_BUDGET, Call, fused_linear
+from .linear_chunks import Call, fused_linear
 from .linear_eager import eager_linear
 from .ops import scalars_of
 from .options import Options, check_options
@@ -66,8 +66,9 @@ def linear_kd_loss(
         student_bias, teacher_bias: ``(V)``.
         teacher_logits: ``(..., V)`` in place of ``teacher_hidden`` and ``teacher_weight``.
         chunk_size: rows of a chunk, or ``auto``: as many as ``memory_budget`` holds.
-        memory_budget: bytes for the logits of a chunk, of both models; 256 MB if not given. The gradient of a 16-bit
-            weight, accumulated in fp32, needs 2 bytes an element more than the gradient itself.
+        memory_budget: bytes for the logits of a chunk, of both models. If not given, about 5 % of what all logits
+            would take, between those of 512 rows and 256 MB. Beside it the gradient of a 16-bit weight, accumulated in
+            fp32 over the chunks, needs 2 bytes an element more than the gradient itself.
         logits_dtype: float32, or the dtype of the hidden states. By default float32, except for bf16 on devices that
             cannot write the product of bf16 matrices as float32, the CPU among them: bfloat16 there, as in the model.
         divergence ... backend: as for :func:`fastkd.kd_loss`. There is no ``inplace``: no logits of the caller's exist.
@@ -105,7 +106,7 @@ def linear_kd_loss(
         student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias, flat(teacher_hidden),
         teacher_weight, teacher_bias, flat(teacher_logits), *per_token, num_items, scalars_of(options), divergence,
         scale_by_t2, ignore_index, reduction, return_stats, name, autocast_dtype, logits_dtype, rows,
-        memory_budget or DEFAULT_BUDGET, _needs(student),
+        memory_budget or 0, _needs(student),
     )  # fmt: skip
     loss, stats = eager_linear(call, options) if name == "eager" else fused_linear(call)
     lead = student_hidden.shape[:-1]

@@ -18,6 +18,16 @@ from .products import WeightGradient, hidden_gradient, logits_dtype_for, project
 from .stats import KDStats
 
 DEFAULT_BUDGET = 256_000_000  # bytes
+USUAL_ROWS = 512  # rows below which the matrix products of a chunk are slower
+NAIVE_SHARE = 0.36  # of one N x V tensor of logits: 5 % of what all logits and their softmaxes take
+
+
+def default_budget(rows: int, vocab: int, dtypes: tuple[torch.dtype, ...], accumulator: int) -> int:
+    """Bytes for the logits of a chunk where no budget is given: a small share of all logits, less the ``accumulator``
+    bytes that the sum of a 16-bit weight's gradients takes beside it; USUAL_ROWS at least, DEFAULT_BUDGET at most."""
+    row = vocab * sum(dtype.itemsize for dtype in dtypes)
+    share = int(NAIVE_SHARE * rows * vocab * dtypes[0].itemsize) - accumulator
+    return min(DEFAULT_BUDGET, max(USUAL_ROWS * row, share))
 
 
 def chunk_rows(rows: int, vocab: int, dtypes: tuple[torch.dtype, ...], budget: int) -> int:
@@ -125,7 +135,7 @@ class Call(NamedTuple):
     autocast_dtype: torch.dtype | None
     logits_dtype: torch.dtype | None
     chunk_size: int  # rows; 0: from memory_budget
-    memory_budget: int  # bytes
+    memory_budget: int  # bytes; 0: default_budget
     needs: list[bool]  # which gradients: hidden, weight, bias
 
     @property
@@ -219,7 +229,10 @@ class _Chunks:
         self.numbers = (call.scalars, call.divergence, call.scale_by_t2, call.ignore_index, reduction, call.with_stats)
         self.num_items = self.denominator if reduction == "mean" else None
         vocab, dtypes = self.student.vocab, (self.student.logits_dtype, self.teacher.logits_dtype)
-        rows = call.chunk_size or chunk_rows(self.selection.count, vocab, dtypes, call.memory_budget)
+        count, weight = self.selection.count, call.student_weight
+        accumulator = 2 * weight.numel() if call.needs[1] and kept_dtype(weight).itemsize == 2 else 0
+        budget = call.memory_budget or default_budget(count, vocab, dtypes, accumulator)
+        rows = call.chunk_size or chunk_rows(count, vocab, dtypes, budget)
         self.step = max(1, min(rows, self.selection.count))
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

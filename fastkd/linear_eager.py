@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .eager import eager_kd_loss
-from .linear_chunks import Call, Model, chunk_rows
+from .linear_chunks import DEFAULT_BUDGET, Call, Model, chunk_rows
 from .options import Options
 from .stats import KDStats
 
@@ -50,7 +50,7 @@ def _run(call: Call, options: Options) -> tuple[Tensor, KDStats | None]:
         return loss, torch.stack(stats)
 
     dtypes = (student.logits_dtype, teacher.logits_dtype)
-    step = call.chunk_size or chunk_rows(rows, student.vocab, dtypes, call.memory_budget)
+    step = call.chunk_size or chunk_rows(rows, student.vocab, dtypes, call.memory_budget or DEFAULT_BUDGET)
     source = call.teacher_hidden if teacher.logits is None else teacher.logits
     per_row = (source, call.labels, call.token_weights, call.temperatures)
     losses, stats = [], []

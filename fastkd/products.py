@@ -44,7 +44,8 @@ def project(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None)
     """logits <- hidden @ weight.T + bias."""
     widen = hidden.dtype != logits.dtype and _writes_fp32(logits.device)
     left = hidden if widen else hidden.to(logits.dtype)
-    for piece in pieces(weight.shape[0], weight.device):
+    whole = weight.dtype == left.dtype  # nothing to widen piece by piece
+    for piece in (slice(0, weight.shape[0]),) if whole else pieces(weight.shape[0], weight.device):
         right, out = weight[piece].to(left.dtype).t(), logits[:, piece]
         if widen:
             torch.mm(left, right, out_dtype=logits.dtype, out=out)

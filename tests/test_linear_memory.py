@@ -10,7 +10,7 @@ import sys
 import pytest
 from inputs import BF16, FP32
 
-from fastkd.linear_chunks import DEFAULT_BUDGET, chunk_rows
+from fastkd.linear_chunks import DEFAULT_BUDGET, chunk_rows, default_budget
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,21 @@ from fastkd.linear_chunks import DEFAULT_BUDGET, chunk_rows
 )
 def test_rows_of_a_chunk(rows, vocab, dtypes, budget, expected) -> None:
     assert chunk_rows(rows, vocab, dtypes, budget) == expected
+
+
+@pytest.mark.parametrize(
+    "rows,vocab,dtypes,accumulator,expected",
+    [
+        (4096, 128256, (FP32, FP32), 0, DEFAULT_BUDGET),  # 5 % of all logits would be 757 MB
+        (1024, 49152, (FP32, FP32), 0, 512 * 49152 * 8),  # 5 % would be fewer than 512 rows
+        (4096, 49152, (BF16, BF16), 0, int(0.36 * 4096 * 49152 * 2)),
+        (4096, 49152, (BF16, BF16), 2 * 49152 * 576, 512 * 49152 * 4),
+        (4096, 128256, (BF16, BF16), 2 * 128256 * 1024, DEFAULT_BUDGET),  # not even 512 rows
+        (0, 1000, (FP32, FP32), 0, 512 * 8000),
+    ],
+)
+def test_budget_if_none_is_given(rows, vocab, dtypes, accumulator, expected) -> None:
+    assert default_budget(rows, vocab, dtypes, accumulator) == expected
 
 
 def test_a_chunk_fits_the_budget_and_wastes_little() -> None:

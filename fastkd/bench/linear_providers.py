@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import linear_kd_loss
-from fastkd.linear_chunks import DEFAULT_BUDGET, chunk_rows
+from fastkd.linear_chunks import chunk_rows, default_budget
 
 from .providers import CE_WEIGHT, naive_loss
 
@@ -107,7 +107,10 @@ def _prepare_products(problem: LinearProblem) -> None:
     """Everything that the bare products write to, touched: logits of a chunk as fastkd's, and both gradients."""
     if problem.buffers:
         return
-    rows = chunk_rows(problem.rows, problem.vocab, (problem.dtype,) * 2, DEFAULT_BUDGET)
+    dtypes, weight = (problem.dtype,) * 2, problem.student[1]
+    accumulator = 2 * weight.numel() if problem.dtype.itemsize == 2 else 0
+    budget = default_budget(problem.rows, problem.vocab, dtypes, accumulator)
+    rows = chunk_rows(problem.rows, problem.vocab, dtypes, budget)
     logits = torch.randn(rows, problem.vocab).to(problem.dtype)
     problem.buffers += [logits, *(torch.zeros_like(x, requires_grad=False) for x in problem.student)]
 
