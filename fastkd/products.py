@@ -94,6 +94,12 @@ def hidden_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
+def _beyond(columns: int, size: int) -> tuple[int, int]:
+    """Start and length of what lies beyond ``columns`` in ``range(size)``."""
+    start = min(max(columns, 0), size)
+    return start, size - start
+
+
 class WeightGradient:
     """Sum of ``gradient.T @ hidden`` over chunks of rows, in fp32.
 
@@ -104,44 +110,48 @@ class WeightGradient:
 
     def __init__(self, weight: Tensor, result_dtype: torch.dtype, logits_dtype: torch.dtype, chunks: int) -> None:
         self.shape, self.result_dtype, self.device = weight.shape, result_dtype, weight.device
-        self.turned = logits_dtype == torch.bfloat16 and not _writes_fp32(self.device)
-        rows, width = weight.shape
-        self.only: Tensor | None = None  # the product of the only chunk
-        self.parts: list[Tensor] = []
-        if chunks <= 1:
-            self.only = weight.new_zeros(self.shape, dtype=result_dtype)
-            return
-        unit = CPU_PIECE if self.device.type == "cpu" else PIECE
-        self.part_rows = rows
-        if self.turned or result_dtype != torch.float32:
+        self.turned = chunks > 1 and logits_dtype == torch.bfloat16 and not _writes_fp32(self.device)
+        self.dtype = torch.float32 if chunks > 1 else result_dtype
+        self.parts: list[Tensor] = []  # made by the first chunk
+        unit, (rows, width) = CPU_PIECE if self.device.type == "cpu" else PIECE, self.shape
+        self.part_rows = max(1, rows)
+        if self.turned or self.dtype != result_dtype:
             self.part_rows = -(-OWN_MAPPING // (4 * width * unit)) * unit
-        for start in range(0, rows, self.part_rows):
-            shape = (min(self.part_rows, rows - start), width)
-            self.parts.append(weight.new_zeros(shape[::-1] if self.turned else shape, dtype=torch.float32))
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        """gradient (R, V'), hidden (R, H); V' <= V: the rows of the weight beyond it stay as they are."""
+        """gradient (R, V'), hidden (R, H); V' <= V: the rows of the weight beyond it get 0."""
         dtype = _operands(gradient, hidden.dtype)
         hidden = hidden.to(dtype)
-        if self.only is not None:
-            for piece in pieces(gradient.shape[1], self.device):
-                _put_product(self.only[piece], gradient[:, piece].to(dtype).t(), hidden)
-            return
-        turned = hidden.t().contiguous() if self.turned else hidden
-        for number, part in enumerate(self.parts):
+        if self.turned:
+            hidden = hidden.t().contiguous()
+        product = _add_product if self.parts else _put_product
+        parts = self.parts or self._new_parts(gradient.shape[1])
+        for number, part in enumerate(parts):
             columns = gradient[:, number * self.part_rows : (number + 1) * self.part_rows]
             for piece in pieces(columns.shape[1], self.device):
                 if self.turned:
-                    _add_product(part[:, piece], turned, columns[:, piece])
+                    product(part[:, piece], hidden, columns[:, piece])
                 else:
-                    _add_product(part[piece], columns[:, piece].to(dtype).t(), hidden)
+                    product(part[piece], columns[:, piece].to(dtype).t(), hidden)
+        self.parts = parts
+
+    def _new_parts(self, columns: int) -> list[Tensor]:
+        """Memory that the first product fills: written once, where zeros would be written twice."""
+        parts = []
+        rows, width = self.shape
+        for start in range(0, rows, self.part_rows):
+            part = torch.empty(min(self.part_rows, rows - start), width, dtype=self.dtype, device=self.device)
+            part = part.view(part.shape[::-1]) if self.turned else part
+            part.narrow(1 if self.turned else 0, *_beyond(columns - start, min(self.part_rows, rows - start))).zero_()
+            parts.append(part)
+        return parts
 
     def result(self) -> Tensor:
         """The sum in the result's dtype; the parts are gone afterwards."""
-        if self.only is not None:
-            return self.only
-        if len(self.parts) == 1 and not self.turned:
-            return self.parts.pop().to(self.result_dtype)
+        if not self.parts:
+            return torch.zeros(self.shape, dtype=self.result_dtype, device=self.device)
+        if self.dtype == self.result_dtype and not self.turned:
+            return self.parts.pop()
         whole = torch.empty(self.shape, dtype=self.result_dtype, device=self.device)
         for start in reversed(range(0, self.shape[0], self.part_rows)):
             self._put(whole[start : start + self.part_rows], self.parts.pop())

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastkd.divergence import SPECS
 
+from . import linear_jobs
 from .jobs import PRESETS, Job, run_job
-from .linear_jobs import add_arguments, linear_jobs, linear_tables, linear_targets
 from .measure import flush_bytes
 from .plot import draw
 from .providers import PROVIDERS
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=10, help="timed runs of each provider (default: 10)")
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), help="default: all that apply")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of bench.csv and bench.png")
-    add_arguments(parser)
+    linear_jobs.add_arguments(parser)
     return parser
 
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the tables, write CSV and PNG. Exit status 1 where a provider's result was wrong."""
     arguments = _parser().parse_args(argv)
     names = list(PRESETS) if arguments.preset == "all" else [arguments.preset]
-    presets = {**PRESETS, "linear": linear_jobs}
+    presets = {**PRESETS, "linear": linear_jobs.all_jobs}
     results = _run([job for name in names for job in presets[name](arguments)])
     add_rates(results)
     out = console()
@@ -74,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "touched before each run. A fresh gradient, and all that naive allocates, pays its page faults; naive-warm "
         "keeps its memory from run to run. GB/s: of 3 N·V, the least for loss and gradient (2 for copy and value)."
     )
-    for table in [*all_tables(results), *linear_tables(results)]:
+    for table in [*all_tables(results), *linear_jobs.all_tables(results)]:
         out.print(table)
-    targets = table_of_targets(results, linear_targets(results))
+    targets = table_of_targets(results, linear_jobs.all_targets(results))
     if targets:
         out.print(targets)
     arguments.out.mkdir(parents=True, exist_ok=True)

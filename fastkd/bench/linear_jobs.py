@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS), help="H/H' x V (default: all)")
 
 
-def linear_jobs(arguments: argparse.Namespace) -> list[Job]:
+def all_jobs(arguments: argparse.Namespace) -> list[Job]:
     """One job a head and dtype. Runs take seconds: five rounds where the others take ten."""
     jobs: list[Job] = []
     for dtype in arguments.dtype:
@@ -70,7 +70,7 @@ def _cell(value: float | None, pattern: str) -> str:
     return "" if value is None else pattern.format(value)
 
 
-def linear_tables(results: Sequence[Result]) -> list[Table]:
+def all_tables(results: Sequence[Result]) -> list[Table]:
     """A table a shape: time over that of the bare products, and naive's over it; memory beside the gradients."""
     tables = []
     for (rows, hidden, teacher_hidden, vocab, dtype), group in _group(results).items():
@@ -108,7 +108,7 @@ def _target(shape: tuple, what: str, bound: float, at_least: bool, of: Callable)
     return Target(f"{rows} × {hidden}/{teacher_hidden} × {vocab} {dtype}: {what}", bound, at_least, measure)
 
 
-def linear_targets(results: Sequence[Result]) -> list[Target]:
+def all_targets(results: Sequence[Result]) -> list[Target]:
     """The bounds of the linear loss for each shape in the results, on 2 threads."""
     targets = []
     for shape in _group(results):
