@@ -33,9 +33,12 @@ struct Column {
   }
 };
 
-// where only their logarithms are: one exponential for both, and one by the polynomial
+// where only their logarithms are: one exponential for the larger of p and q, and one of the ratio, which may go by the
+// polynomial
+template <bool kPolynomial>
 FASTKD_FN Column<float> column_of_logs(float log2_p, float log2_q) {
-  const float ratio = Column<float>::bounded(log2_p - log2_q), smaller = exp2_by_polynomial(-abs(ratio));
+  const float ratio = Column<float>::bounded(log2_p - log2_q);
+  const float smaller = kPolynomial ? exp2_by_polynomial(-abs(ratio)) : exp2(-abs(ratio));
   const float larger_probability = exp2(max(log2_p, log2_q)), other = larger_probability * smaller;
   const bool teacher_larger = ratio > 0.0f;
   return {teacher_larger ? larger_probability : other, teacher_larger ? other : larger_probability, ratio, smaller};

@@ -48,14 +48,20 @@ FASTKD_FN float divide(float a, float b) { return a / b; }
 FASTKD_FN float log2_of_row(float x) { return ::log2f(x); }  // a few a row: exact to the last place
 FASTKD_FN float abs(float x) { return ::fabsf(x); }
 FASTKD_FN float select(bool take_a, float a, float b) { return take_a ? a : b; }
-FASTKD_FN float max(float a, float b) { return a > b ? a : b; }  // b where either is NaN
-FASTKD_FN float min(float a, float b) { return a < b ? a : b; }  // b where either is NaN
+// b where either is NaN; on a GPU, whose own instructions these are, the one that is a number.
+#if defined(__CUDA_ARCH__)
+FASTKD_FN float max(float a, float b) { return ::fmaxf(a, b); }
+FASTKD_FN float min(float a, float b) { return ::fminf(a, b); }
+#else
+FASTKD_FN float max(float a, float b) { return a > b ? a : b; }
+FASTKD_FN float min(float a, float b) { return a < b ? a : b; }
+#endif
 
 // 2^x for x <= 127 by multiplications and additions alone, relative error below 3e-7; 0 below 2^-126, NaN stays NaN.
 // Where the special-function unit is the bottleneck, a part of the exponentials goes this way. Minimax polynomial.
 FASTKD_FN float exp2_by_polynomial(float x) {
   const float shift = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds to an integer n, kept with the bias 127
-  x = max(-127.0f, x);                       // n + 127 = 0 is the factor 0.0
+  x = x < -127.0f ? -127.0f : x;             // n + 127 = 0 is the factor 0.0
   const float shifted = x + shift;
   const float f = x - (shifted - shift);
   float p = 0.001327647129073739f * f + 0.009675540961325169f;

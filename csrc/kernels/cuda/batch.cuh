@@ -19,7 +19,7 @@ FASTKD_DEVICE double sum_block(double x, double* shared) {
 }
 
 // 1 / denominator of the mean; a denominator of 0 (no token) leaves the sum, which is 0, as it is.
-FASTKD_KERNEL(1024, 1) scales_kernel(FASTKD_CONSTANT CudaScales call) {
+FASTKD_KERNEL(kOneBlockThreads, 1) scales_kernel(FASTKD_CONSTANT CudaScales call) {
   const LossParams& p = call.loss;
   double denominator = 1;
   if (call.reduction == Reduction::mean && !call.num_items) {
@@ -40,7 +40,7 @@ FASTKD_KERNEL(1024, 1) scales_kernel(FASTKD_CONSTANT CudaScales call) {
   store(call.pending, stored ? 1.0f : static_cast<float>(normaliser));
 }
 
-FASTKD_KERNEL(1024, 1) total_kernel(FASTKD_CONSTANT CudaLoss call) {
+FASTKD_KERNEL(kOneBlockThreads, 1) total_kernel(FASTKD_CONSTANT CudaLoss call) {
   double sum = 0;
   for (int64_t n = thread_index(); n < call.loss.rows; n += block_threads()) sum += load(call.loss.row_loss + n);
   sum = sum_block(sum, reinterpret_cast<double*>(shared_memory()));
@@ -49,7 +49,7 @@ FASTKD_KERNEL(1024, 1) total_kernel(FASTKD_CONSTANT CudaLoss call) {
 
 // Row n of the gradient times its upstream and what is pending. Where that is 1 and the row stays where it is, it is
 // not touched: an ordinary backward costs no sweep, and the host need not know.
-FASTKD_KERNEL(256, 3) rescale_kernel(FASTKD_CONSTANT CudaRescale call) {
+FASTKD_KERNEL(kStreamThreads, 3) rescale_kernel(FASTKD_CONSTANT CudaRescale call) {
   const RescaleParams& p = call.rescale;
   const int64_t n = block_index() / call.splits;
   const float factor = load(p.factor + n * p.factor_stride) * load(call.pending);

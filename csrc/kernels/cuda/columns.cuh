@@ -4,7 +4,7 @@
 #include "../../core/divergence.h"
 #include "../../core/hard.h"
 #include "../../core/softcap.h"
-#include "scratch.h"
+#include "limits.h"
 #include "view.cuh"
 
 namespace fastkd {
@@ -16,12 +16,20 @@ template <Divergence kDivergenceOf, bool kRichOf>
 struct Kind {
   static constexpr Divergence kDivergence = kDivergenceOf;
   static constexpr bool kRich = kRichOf;
-  // Threads of a resident block, which bound its registers: 80 and 128.
-  static constexpr int kMostThreads = kRichOf ? 512 : 768;
+  // The block of block_resident by which its registers are bounded; kResidentThreads at least. 768 threads leave 80
+  // registers each, so that three blocks of 256 share a multiprocessor; without clusters there is one larger block.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kBoundingThreads = kRichOf ? 512 : 640;
+#else
+  static constexpr int kBoundingThreads = kRichOf ? 512 : 768;
+#endif
+  static_assert(kBoundingThreads >= kResidentThreads, "a block may have more threads than its registers allow");
   static constexpr bool kMixed = kDivergenceOf == Divergence::forward_kl || kDivergenceOf == Divergence::symmetric_kl;
   static constexpr bool kBothDots = kDivergenceOf == Divergence::symmetric_kl;
-  // Its sweeps ask the special-function unit for more than it gives while the row is loaded.
+  // Where all sweeps together would ask the special-function unit for more than 7 results a column, which is what it
+  // gives while a row is loaded, a part of the exponentials goes by the polynomial.
   static constexpr bool kTeacherByPolynomial = kDivergenceOf == Divergence::skew_reverse_kl;
+  static constexpr bool kGradientByPolynomial = kDivergenceOf != Divergence::jsd;
 };
 
 // What a row is computed with, the same in all its threads.
@@ -127,9 +135,12 @@ FASTKD_DEVICE void add_columns(Piece& piece, const Quad& s, const Quad& t, int f
   for (int i = 0; i < 4; ++i) piece.sum_hard += hard.value[i];
 }
 
+template <class K, bool kPolynomial>
 FASTKD_DEVICE Column<float> column_at(float s, float t, const RowState& row, const RowConstants& r) {
-  return column_of_logs(r.softening.relative_to(row.largest_t)(t) - row.log2_t,
-                        r.softening.relative_to(row.largest_s)(s) - row.log2_s);
+  const float log2_p = r.softening.relative_to(row.largest_t)(t) - row.log2_t;
+  const float log2_q = r.softening.relative_to(row.largest_s)(s) - row.log2_s;
+  if constexpr (K::kDivergence == Divergence::total_variation) return {exp2(log2_p), exp2(log2_q), 0, 0};
+  return column_of_logs<kPolynomial>(log2_p, log2_q);
 }
 
 // Second sweep.
@@ -137,7 +148,7 @@ template <class K>
 FASTKD_DEVICE void add_terms(TermSums& sums, const Quad& s, const Quad& t, const RowState& row, const RowConstants& r) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const Term<float> term = DivergenceTerm<K::kDivergence>::at(column_at(s.value[i], t.value[i], row, r),
+    const Term<float> term = DivergenceTerm<K::kDivergence>::at(column_at<K, true>(s.value[i], t.value[i], row, r),
                                                                 r.options.beta, r.options.beta_rest);
     sums.value += term.value;
     sums.dlogq += term.dlogq;
@@ -166,7 +177,7 @@ FASTKD_DEVICE Quad gradient_of(const Quad& s, const Quad& t, int first, int stri
         d.value[i] += c.student * e_s.value[i];
       }
     } else {
-      const Column<float> column = column_at(s.value[i], t.value[i], row, r);
+      const Column<float> column = column_at<K, K::kGradientByPolynomial>(s.value[i], t.value[i], row, r);
       e_s.value[i] = column.q * row.sum_s;
       const Term<float> term = DivergenceTerm<K::kDivergence>::at(column, r.options.beta, r.options.beta_rest);
       d.value[i] = c.dlogq * term.dlogq + c.student * e_s.value[i] + c.constant;

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "scratch.h"
+#include "limits.h"
 
 namespace fastkd {
 namespace {
@@ -10,11 +10,10 @@ namespace {
 constexpr int kWarpThreads = 32;
 constexpr int kColumns = 4;             // of a place that is no chunk of vectors
 constexpr int64_t kWarpColumns = 1024;  // up to here one warp a row
-constexpr int kWarpBlockThreads = 256;
 constexpr int kReserved = 1024;      // bytes of a multiprocessor's shared memory that each block costs besides its own
 constexpr int kThreadsWanted = 768;  // a multiprocessor's resident threads, over its blocks
-constexpr int kLeastThreads = 128, kMostThreads = 768;
-constexpr int kStreamThreads = 256, kStreamChunks = 4;  // chunks that a streaming thread should have at least
+constexpr int kLeastThreads = 128;
+constexpr int kStreamChunks = 4;  // chunks that a streaming thread should have at least
 constexpr int kMostSplits = 256;
 constexpr int kWaves = 2;  // blocks a multiprocessor that a streaming grid should at least have
 
@@ -75,7 +74,7 @@ Plan plan_resident(const Problem& p, const GpuLimits& gpu, int cluster, Plan pla
   const int64_t wanted = round_up(divide_up(kThreadsWanted, std::min<int64_t>(together, 6)), kWarpThreads);
   const int64_t useful = round_up(std::max(plan.team_chunks, 1), kWarpThreads);
   plan.threads = static_cast<int>(std::min<int64_t>(
-      {std::max<int64_t>(wanted, kLeastThreads), std::max<int64_t>(useful, kWarpThreads), kMostThreads}));
+      {std::max<int64_t>(wanted, kLeastThreads), std::max<int64_t>(useful, kWarpThreads), kResidentThreads}));
   plan.blocks = p.rows * cluster;
   plan.sweeps = 1;
   plan.reason = cluster == 1 ? "a row fits the shared memory of a block"

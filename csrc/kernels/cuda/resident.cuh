@@ -159,7 +159,7 @@ FASTKD_DEVICE void resident_row(const CudaLoss& call, int64_t n, const Team& tea
 
 // One warp a row, several rows a block.
 template <class K>
-FASTKD_KERNEL(256, 2)
+FASTKD_KERNEL(kWarpBlockThreads, 2)
 warp_resident(FASTKD_CONSTANT CudaLoss call) {
   const int warp = thread_index() / kWarp;
   const int64_t n = block_index() * (block_threads() / kWarp) + warp;
@@ -170,7 +170,7 @@ warp_resident(FASTKD_CONSTANT CudaLoss call) {
 
 // One cluster a row; a cluster may be a single block.
 template <class K>
-FASTKD_KERNEL(768, 1)
+FASTKD_KERNEL(K::kBoundingThreads, 1)
 block_resident(FASTKD_CONSTANT CudaLoss call) {
   const Team team{thread_index(), block_threads(), cluster_rank(), cluster_blocks()};
   resident_row<K, false>(call, block_index() / team.parts, team, shared_memory());

@@ -10,8 +10,7 @@
 
 namespace fastkd {
 
-constexpr int kOneBlock = 1024;  // threads of the kernels that have one block
-constexpr int kOneBlockShared = kOneBlock / gpu::kWarp * static_cast<int>(sizeof(double));
+constexpr int kOneBlockShared = kOneBlockThreads / gpu::kWarp * static_cast<int>(sizeof(double));
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 constexpr int64_t kWorkspaceAlignment = 16;
 constexpr const char* kTooManyRows = "more rows than one launch can have blocks (2^31 - 1)";
@@ -87,9 +86,9 @@ const char* enqueue_loss(const CudaCall& c, const Plan& plan, const Launch& laun
   if (plan.blocks > kMostBlocks || c.params.rows * plan.splits > kMostBlocks) return kTooManyRows;
 
   const CudaScales scales{call.loss, c.reduction, c.num_items, space.scales, c.pending};
-  const char* error = launch(gpu::scales_kernel, scales, 1, kOneBlock, 1, kOneBlockShared);
+  const char* error = launch(gpu::scales_kernel, scales, 1, kOneBlockThreads, 1, kOneBlockShared);
   if (!error && c.params.rows > 0) error = launch_rows(call, plan, launch);
-  if (!error && call.total) error = launch(gpu::total_kernel, call, 1, kOneBlock, 1, kOneBlockShared);
+  if (!error && call.total) error = launch(gpu::total_kernel, call, 1, kOneBlockThreads, 1, kOneBlockShared);
   return error;
 }
 

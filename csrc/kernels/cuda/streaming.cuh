@@ -55,7 +55,7 @@ FASTKD_DEVICE Sums merge_parts(const Sums* of_parts, int parts, int lane, const 
 }
 
 template <class K>
-FASTKD_KERNEL(256, 2)
+FASTKD_KERNEL(kStreamThreads, 2)
 stream_sums(FASTKD_CONSTANT CudaLoss call) {
   const LossParams& p = call.loss;
   const int64_t n = block_index() / call.splits;
@@ -73,7 +73,7 @@ stream_sums(FASTKD_CONSTANT CudaLoss call) {
 }
 
 template <class K>
-FASTKD_KERNEL(256, 2)
+FASTKD_KERNEL(kStreamThreads, 2)
 stream_terms(FASTKD_CONSTANT CudaLoss call) {
   const LossParams& p = call.loss;
   const int64_t n = block_index() / call.splits;
@@ -97,7 +97,7 @@ stream_terms(FASTKD_CONSTANT CudaLoss call) {
 
 // Loss and gradient. A block a row suffices where there is no gradient.
 template <class K>
-FASTKD_KERNEL(256, 2)
+FASTKD_KERNEL(kStreamThreads, 2)
 stream_finish(FASTKD_CONSTANT CudaLoss call) {
   const LossParams& p = call.loss;
   const bool wants_gradient = p.gradient.data != nullptr;

@@ -1,4 +1,5 @@
-// Shared memory of a team besides its logits, in bytes: known to the host, checked against the kernels' own layout.
+// What the host's launch arithmetic and the kernels must agree on: threads of a block, shared memory besides the
+// logits.
 #pragma once
 
 #include "../../core/finish.h"
@@ -12,7 +13,13 @@ struct RowState {
   GradientCoefficients c;
 };
 
-constexpr int kMaxWarps = 32;
+// Most threads of a block, by kernel: they bound the registers.
+constexpr int kWarpBlockThreads = 256;
+constexpr int kResidentThreads = 512;
+constexpr int kStreamThreads = 256;
+constexpr int kOneBlockThreads = 1024;  // of the kernels that have one block
+
+constexpr int kMaxWarps = kResidentThreads / 32;
 
 // Nothing in it is written twice for one row.
 template <bool kWarpTeam>
