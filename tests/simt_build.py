@@ -82,13 +82,3 @@ def load(name: str, binary: Path) -> ModuleType:
     spec.loader.exec_module(module)
     sys.modules[name] = module
     return module
-
-
-def launch_bounds(csrc: Path = CSRC) -> dict[str, int]:
-    """Kernel -> the most threads a block that the host may give it; its registers are bounded for at least as many."""
-    cuda = csrc / "kernels" / "cuda"
-    source = "".join(path.read_text() for path in sorted(cuda.glob("*.cuh")))
-    named = dict(re.findall(r"constexpr int (k\w+Threads) = (\d+);", (cuda / "limits.h").read_text()))
-    named["K::kBoundingThreads"] = named["kResidentThreads"]
-    bounds = re.findall(r"FASTKD_KERNEL\(([\w:]+), \d+\)\s*(\w+)\(FASTKD_CONSTANT", source)
-    return {kernel: int(named[most]) for most, kernel in bounds}

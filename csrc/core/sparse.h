@@ -111,7 +111,7 @@ FASTKD_FN Term<float> mixed_term(const RowOptions& o, float log2_p, float log2_q
 }
 
 FASTKD_FN Term<float> outcome_term(const RowOptions& o, float log2_p, float log2_q, float lowest) {
-  const auto column = [&] { return column_of_logs(log2_p, log2_q); };
+  const auto column = [&] { return column_of_logs<true>(log2_p, log2_q); };
   switch (o.divergence) {
     case Divergence::jsd: return DivergenceTerm<Divergence::jsd>::at(column(), o.beta, o.beta_rest);
     case Divergence::total_variation:
