@@ -3,6 +3,7 @@
 from .backends import backends, explain
 from .functional import kd_loss
 from .linear import linear_kd_loss
+from .linear_sparse import linear_sparse_kd_loss
 from .modules import KDLoss, LinearKDLoss
 from .sparse import SparseKDLoss, sparse_kd_loss
 from .stats import KDStats
@@ -20,5 +21,6 @@ __all__ = [
     "explain",
     "kd_loss",
     "linear_kd_loss",
+    "linear_sparse_kd_loss",
     "sparse_kd_loss",
 ]

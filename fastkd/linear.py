@@ -92,7 +92,7 @@ def linear_kd_loss(
     student = (student_hidden, student_weight, student_bias)
     teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
     autocast_dtype = _check_models(student, teacher, vocab, logits_dtype)
-    per_token = _check_per_token(student_hidden, labels, token_weights, temperatures, ce_weight)
+    per_token = flat_per_token(student_hidden, labels, token_weights, temperatures, ce_weight)
     num_items = None
     if num_items_in_batch is not None:
         num_items = checks.check_num_items(num_items_in_batch, reduction, student_hidden.device)
@@ -106,7 +106,7 @@ def linear_kd_loss(
         student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias, flat(teacher_hidden),
         teacher_weight, teacher_bias, flat(teacher_logits), *per_token, num_items, scalars_of(options), divergence,
         scale_by_t2, ignore_index, reduction, return_stats, name, autocast_dtype, logits_dtype, rows,
-        memory_budget or 0, _needs(student),
+        memory_budget or 0, gradients_wanted(student),
     )  # fmt: skip
     loss, stats = eager_linear(call, options) if name == "eager" else fused_linear(call)
     lead = student_hidden.shape[:-1]
@@ -115,7 +115,8 @@ def linear_kd_loss(
     return loss if stats is None else (loss, KDStats(*(x.reshape(lead) for x in stats)))
 
 
-def _needs(student: tuple[Tensor | None, ...]) -> list[bool]:
+def gradients_wanted(student: tuple[Tensor | None, ...]) -> list[bool]:
+    """Of hidden states, weight and bias."""
     return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in student]
 
 
@@ -136,7 +137,7 @@ def _check_models(student: tuple, teacher: tuple, vocab: str, logits_dtype: torc
     return autocast_dtype
 
 
-def _check_per_token(
+def flat_per_token(
     hidden: Tensor, labels: Tensor | None, token_weights: Tensor | None, temperatures: Tensor | None, ce_weight: float
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The three, flattened to (N)."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, sparse_ops
 from .products import WeightGradient, hidden_gradient, logits_dtype_for, project
 from .stats import KDStats
 
@@ -137,6 +137,10 @@ class Call(NamedTuple):
     chunk_size: int  # rows; 0: from memory_budget
     memory_budget: int  # bytes; 0: default_budget
     needs: list[bool]  # which gradients: hidden, weight, bias
+    ids: Tensor | None = None  # (N, K) each, in place of the teacher's tensors, as for sparse_forward
+    logprobs: Tensor | None = None
+    draw_weights: Tensor | None = None
+    tail: str = ""
 
     @property
     def of_the_sum(self) -> bool:
@@ -149,7 +153,11 @@ class Call(NamedTuple):
         return any(self.needs) and self.reduction != "none"
 
     def models(self) -> tuple[Model, Model]:
-        """Student and teacher with their common vocabulary."""
+        """Student and teacher with their common vocabulary; a sparse teacher has no logits."""
+        if self.ids is not None:
+            whole = (self.student_weight.shape[0], self.autocast_dtype, self.logits_dtype)
+            student = model_of(self.student_weight, self.student_bias, None, *whole)
+            return student, student._replace(weight=None, bias=None)
         given, weight = self.teacher_logits, self.teacher_weight
         head = given.shape[1] if given is not None else weight.shape[0] if weight is not None else 0
         common = (min(self.student_weight.shape[0], head), self.autocast_dtype, self.logits_dtype)
@@ -177,7 +185,8 @@ _SCHEMA = (
     "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_logits, Tensor? labels, Tensor? token_weights, "
     "Tensor? temperatures, Tensor? num_items, Tensor scalars, str divergence, bool scale_by_t2, int ignore_index, "
     "str reduction, bool with_stats, str backend, ScalarType? autocast_dtype, ScalarType? logits_dtype, "
-    "SymInt chunk_size, SymInt memory_budget, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "SymInt chunk_size, SymInt memory_budget, bool[] needs, Tensor? ids=None, Tensor? logprobs=None, "
+    'Tensor? draw_weights=None, str tail="") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'
 )
 
 
@@ -224,11 +233,12 @@ class _Chunks:
         self.call, (self.student, self.teacher) = call, call.models()
         self.selection = select_rows(call.labels, call.ignore_index, call.student_hidden.shape[0])
         self.denominator = call.denominator()
-        self.operators = ops.registered[call.backend]
+        self.operators = (ops if call.ids is None else sparse_ops).registered[call.backend]
         reduction = "sum" if call.reduction == "mean" and call.of_the_sum else call.reduction
         self.numbers = (call.scalars, call.divergence, call.scale_by_t2, call.ignore_index, reduction, call.with_stats)
         self.num_items = self.denominator if reduction == "mean" else None
-        vocab, dtypes = self.student.vocab, (self.student.logits_dtype, self.teacher.logits_dtype)
+        vocab, made = self.student.vocab, (self.student, self.teacher) if call.ids is None else (self.student,)
+        dtypes = tuple(model.logits_dtype for model in made)
         count, weight = self.selection.count, call.student_weight
         accumulator = 2 * weight.numel() if call.needs[1] and kept_dtype(weight).itemsize == 2 else 0
         budget = call.memory_budget or default_budget(count, vocab, dtypes, accumulator)
@@ -264,14 +274,12 @@ class _Chunks:
             hidden = hidden.masked_fill(self.selection.ignored[chunk, None], 0.0)
         hidden = hidden.to(self.student.dtype)
         logits = self.student.logits_of(hidden, student_buffer)
-        if self.teacher.logits is not None:
-            teacher = take(self.teacher.logits, chunk)
-        else:
-            assert call.teacher_hidden is not None
-            teacher = self.teacher.logits_of(take(call.teacher_hidden, chunk).to(self.teacher.dtype), teacher_buffer)
+        teacher = self._teacher(chunk, teacher_buffer)
         each = (call.labels, call.token_weights, call.temperatures)
         per_row = (None if x is None else take(x, chunk) for x in each)
-        arguments = (teacher, *per_row, self.num_items, *self.numbers)
+        scalars, *options = self.numbers
+        tail = () if call.ids is None else (call.tail,)
+        arguments = (*teacher, *per_row, self.num_items, scalars, *tail, *options)
         if not call.with_gradient:
             value, _, _, part = self.operators.forward(logits, *arguments, False)
             return value, part
@@ -279,6 +287,16 @@ class _Chunks:
         assert self.student.weight is not None
         sums.add(logits, hidden, self.student.weight, self.selection, chunk)
         return value, part
+
+    def _teacher(self, chunk: slice, buffer) -> tuple[Tensor | None, ...]:
+        """A chunk's logits of the teacher, or its ids, log-probabilities and weights."""
+        call, take = self.call, self.selection.take
+        if call.ids is not None:
+            return tuple(None if x is None else take(x, chunk) for x in (call.ids, call.logprobs, call.draw_weights))
+        if self.teacher.logits is not None:
+            return (take(self.teacher.logits, chunk),)
+        assert call.teacher_hidden is not None
+        return (self.teacher.logits_of(take(call.teacher_hidden, chunk).to(self.teacher.dtype), buffer),)
 
 
 @torch.library.custom_op("fastkd::linear_kd", mutates_args=(), schema=_SCHEMA)

@@ -4,6 +4,7 @@ backward instead of being kept."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from .eager import eager_kd_loss
 from .linear_chunks import DEFAULT_BUDGET, Call, Model, chunk_rows
 from .options import Options
+from .sparse_eager import eager_sparse_kd_loss
 from .stats import KDStats
+from .topk import TopKTeacher
 
 
-def _recomputed(function: Callable, *tensors: Tensor | None):
+def _recomputed(function: Callable, *tensors: Tensor | TopKTeacher | None):
     """function(*tensors), called again in backward. torch.func transforms have no hooks for that: called once there."""
     if torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
         return function(*tensors)
@@ -29,13 +32,18 @@ def _logits(model: Model, hidden: Tensor) -> Tensor:
     return F.linear(hidden.to(model.dtype).to(model.logits_dtype), model.weight.to(model.logits_dtype), bias)
 
 
-def eager_linear(call: Call, options: Options) -> tuple[Tensor, KDStats | None]:
-    """Loss and stats (N) of the arguments of the operator; scalars are taken from the options."""
+def _rows(piece: slice, x: Tensor) -> Tensor:
+    return x[piece]
+
+
+def eager_linear(call: Call, options: Options, sparse: TopKTeacher | None = None) -> tuple[Tensor, KDStats | None]:
+    """Loss and stats (N) of the arguments of the operator; scalars are taken from the options. sparse: the teacher,
+    ``(N, K)``, where it has no logits."""
     with torch.autocast(call.student_hidden.device.type, enabled=False):
-        return _run(call, options)
+        return _run(call, options, sparse)
 
 
-def _run(call: Call, options: Options) -> tuple[Tensor, KDStats | None]:
+def _run(call: Call, options: Options, sparse: TopKTeacher | None) -> tuple[Tensor, KDStats | None]:
     (student, teacher), rows = call.models(), call.student_hidden.shape[0]
     each = options._replace(reduction="none", return_stats=True)
 
@@ -43,13 +51,16 @@ def _run(call: Call, options: Options) -> tuple[Tensor, KDStats | None]:
         if labels is not None:  # NaN in an ignored row times a gradient of 0 would be NaN
             hidden = hidden.masked_fill((labels == options.ignore_index).unsqueeze(1), 0.0)
         logits = _logits(student._replace(weight=weight, bias=bias), hidden)
-        if teacher.logits is None:
-            teacher_part = _logits(teacher, teacher_part)
-        loss, stats = eager_kd_loss(logits, teacher_part, labels, token_weights, temperatures, None, each)
+        rest = (labels, token_weights, temperatures, None, each)
+        if sparse is not None:
+            loss, stats = eager_sparse_kd_loss(logits, teacher_part, *rest)
+        else:
+            teacher_part = teacher_part if teacher.weight is None else _logits(teacher, teacher_part)
+            loss, stats = eager_kd_loss(logits, teacher_part, *rest)
         assert stats is not None
         return loss, torch.stack(stats)
 
-    dtypes = (student.logits_dtype, teacher.logits_dtype)
+    dtypes = (student.logits_dtype, teacher.logits_dtype)[: 2 if sparse is None else 1]
     step = call.chunk_size or chunk_rows(rows, student.vocab, dtypes, call.memory_budget or DEFAULT_BUDGET)
     source = call.teacher_hidden if teacher.logits is None else teacher.logits
     per_row = (source, call.labels, call.token_weights, call.temperatures)
@@ -57,7 +68,8 @@ def _run(call: Call, options: Options) -> tuple[Tensor, KDStats | None]:
     for start in range(0, max(rows, 1), max(step, 1)):
         piece = slice(start, start + step)
         teacher_part, *others = (None if x is None else x[piece] for x in per_row)
-        value, part = _recomputed(one, call.student_hidden[piece], student.weight, student.bias, teacher_part, *others)
+        given = teacher_part if sparse is None else sparse.map(partial(_rows, piece))
+        value, part = _recomputed(one, call.student_hidden[piece], student.weight, student.bias, given, *others)
         losses.append(value)
         stats.append(part)
     loss = torch.cat(losses)

@@ -18,7 +18,7 @@ from .topk import TopKTeacher
 _NOT_OPTIONS = ("teacher_softcap", "vocab")  # of the teacher's logits, which are not here
 
 
-def _select(backend: str, student_logits: Tensor) -> str:
+def select_sparse_backend(backend: str, student_logits: Tensor) -> str:
     """As for dense teachers, but for backends that lack the sparse operators on the logits' device."""
     name = select_backend(backend, student_logits, student_logits)
     built = sparse_ops.devices.get(name, ())
@@ -109,7 +109,7 @@ def sparse_kd_loss(
     num_items = None
     if num_items_in_batch is not None:
         num_items = checks.check_num_items(num_items_in_batch, reduction, student_logits.device)
-    name = _select(backend, student_logits)
+    name = select_sparse_backend(backend, student_logits)
     if name == "eager" and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         vocab = student_logits.shape[-1]
         checks.check_values_on_cpu(vocab, labels, temperatures, ignore_index)

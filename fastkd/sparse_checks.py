@@ -23,18 +23,18 @@ _UNDEFINED = {
 }
 
 
-def check_teacher(teacher: object, student_logits: Tensor) -> None:
-    """A :class:`fastkd.TopKTeacher` for these logits: leading shape and device."""
+def check_teacher(teacher: object, student_logits: Tensor, like: str = "student_logits") -> None:
+    """A :class:`fastkd.TopKTeacher` for these logits (or what ``like`` names): leading shape and device."""
     if not isinstance(teacher, TopKTeacher):
         raise TypeError(f"teacher must be a fastkd.TopKTeacher; got {type(teacher).__name__}")
     if teacher.ids.shape[:-1] != student_logits.shape[:-1]:
         raise ValueError(
-            "student_logits and the teacher's ids must agree in all but the last dimension; "
+            f"{like} and the teacher's ids must agree in all but the last dimension; "
             f"got {tuple(student_logits.shape)} and {tuple(teacher.ids.shape)}"
         )
     if teacher.ids.device != student_logits.device:
         raise ValueError(
-            f"teacher must be on the device of student_logits ({student_logits.device}); its ids are "
+            f"teacher must be on the device of {like} ({student_logits.device}); its ids are "
             f"{describe(teacher.ids)}; use teacher.to(device)"
         )
 

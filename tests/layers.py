@@ -33,9 +33,11 @@ CORE_ORDER = (
     {"linear_checks", "options", "topk"},
     {"eager", "ops", "sparse_checks"},
     {"triton"},
-    {"backends", "linear_chunks", "sparse_eager", "sparse_ops"},
+    {"sparse_eager", "sparse_ops"},
+    {"backends", "linear_chunks"},
     {"functional", "linear_eager", "sparse"},
     {"linear"},
+    {"linear_sparse"},
     {"modules"},
     {"__init__"},
 )
