@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../../csrc/kernels/cuda/launch.h"
-#include "../../csrc/kernels/cuda/scratch.h"
+#include "../../csrc/kernels/cuda/limits.h"
 #include "../../csrc/torch/arguments.h"
 #include "binding.h"
 #include "driver/driver.h"
