@@ -141,19 +141,25 @@ Outputs new_outputs(LossParams& p, const Tensor& student, const Scalars& o) {
   return out;
 }
 
-// The gradient that kd_forward returns: the student's shape, or empty.
-Tensor new_gradient(LossParams& p, const Tensor& student, bool with_gradient) {
-  std::vector<int64_t> shape = {0};
-  if (with_gradient) {
-    shape = leading_shape(student);
-    shape.push_back(columns_of(student));
-  }
-  Tensor gradient = new_tensor(student, shape, student.scalar_type());
-  if (with_gradient) {
-    p.gradient = *view_as_rows("gradient", gradient);
-    p.fresh_gradient = true;
-  }
+// The student's shape.
+std::vector<int64_t> gradient_shape(const Tensor& student) {
+  std::vector<int64_t> shape = leading_shape(student);
+  shape.push_back(columns_of(student));
+  return shape;
+}
+
+// The gradient that kd_forward returns, in memory of torch's own.
+Tensor fresh_gradient(LossParams& p, const Tensor& student) {
+  Tensor gradient = new_tensor(student, gradient_shape(student), student.scalar_type());
+  p.gradient = *view_as_rows("gradient", gradient);
+  p.fresh_gradient = true;
   return gradient;
+}
+
+// The gradient that a forward operator returns: as kGradient makes it, or empty.
+template <Tensor (*kGradient)(LossParams&, const Tensor& student)>
+Tensor new_gradient(LossParams& p, const Tensor& student, bool with_gradient) {
+  return with_gradient ? kGradient(p, student) : new_tensor(student, {0}, student.scalar_type());
 }
 
 // The logits as their own gradient's memory.
@@ -192,7 +198,8 @@ RescaleTensors fill_rescale(RescaleParams& p, Rows source, Rows target, const Te
 //   static Outputs loss(LossParams, const Tensor& student, const Tensor& teacher, RowTensors, const Scalars&)
 //   static void rescale(Rows source, Rows target, const Tensor& gradient, const Tensor& upstream, const Tensor&
 //   pending)
-template <class Device>
+// and may make fresh gradients in memory of its own.
+template <class Device, Tensor (*kGradient)(LossParams&, const Tensor& student) = fresh_gradient>
 struct Operators {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, OptionalTensor labels,
                                                                OptionalTensor token_weights,
@@ -204,7 +211,7 @@ struct Operators {
     LossParams p;
     p.student = rows_or_copy("student_logits", student);
     p.teacher = rows_or_copy("teacher_logits", teacher);
-    Tensor gradient = new_gradient(p, student, with_gradient);
+    Tensor gradient = new_gradient<kGradient>(p, student, with_gradient);
     const Scalars scalars{numbers, divergence, scale_by_t2, ignore_index, reduction, with_stats};
     Outputs out = Device::loss(p, student, teacher, {labels, token_weights, temperatures, num_items}, scalars);
     return {out.loss, gradient, out.pending, out.stats};
@@ -226,9 +233,7 @@ struct Operators {
 
   static Tensor kd_rescale(Tensor gradient, Tensor upstream, Tensor pending) {
     const Rows source = rows_or_copy("gradient", gradient);
-    std::vector<int64_t> shape = leading_shape(gradient);
-    shape.push_back(columns_of(gradient));
-    Tensor scaled = new_tensor(gradient, shape, gradient.scalar_type());
+    Tensor scaled = new_tensor(gradient, gradient_shape(gradient), gradient.scalar_type());
     Device::rescale(source, *view_as_rows("gradient", scaled), gradient, upstream, pending);
     return scaled;
   }

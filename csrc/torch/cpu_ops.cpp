@@ -3,6 +3,7 @@
 
 #include "../kernels/cpu/isa.h"
 #include "../kernels/cpu/sparse_launch.h"
+#include "fresh_gradient.h"
 #include "sparse_arguments.h"
 
 namespace fastkd {
@@ -43,6 +44,14 @@ Outputs run(LossParams& p, const Tensor& student, const Tensor& teacher, RowTens
   return out;
 }
 
+// A fresh gradient in lingering memory, where that is to be had.
+Tensor lingering_gradient(LossParams& p, const Tensor& student) {
+  std::optional<Tensor> gradient = lingering_tensor(gradient_shape(student), dtype_of("student_logits", student));
+  if (!gradient) return fresh_gradient(p, student);
+  p.gradient = *view_as_rows("gradient", *gradient);  // its huge pages are advised already: not fresh_gradient
+  return *gradient;
+}
+
 struct Cpu {
   static Outputs loss(LossParams p, const Tensor& student, const Tensor& teacher, RowTensors rows, const Scalars& o) {
     return run(p, student, teacher, rows, o, [](const LossCall& call) { return run_loss_cpu(call, torch_threads()); });
@@ -69,12 +78,12 @@ struct Cpu {
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  using Cpu = fastkd::Operators<fastkd::Cpu>;
+  using Cpu = fastkd::Operators<fastkd::Cpu, fastkd::lingering_gradient>;
   m.impl("kd_forward", TORCH_BOX(&Cpu::kd_forward));
   m.impl("kd_forward_", TORCH_BOX(&Cpu::kd_forward_));
   m.impl("kd_rescale", TORCH_BOX(&Cpu::kd_rescale));
   m.impl("kd_rescale_", TORCH_BOX(&Cpu::kd_rescale_));
-  using Sparse = fastkd::SparseOperators<fastkd::Cpu>;
+  using Sparse = fastkd::SparseOperators<fastkd::Cpu, fastkd::lingering_gradient>;
   m.impl("sparse_forward", TORCH_BOX(&Sparse::sparse_forward));
   m.impl("sparse_forward_", TORCH_BOX(&Sparse::sparse_forward_));
 }

@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../kernels/cpu/gradient_memory.h"
 #include "../kernels/cpu/isa.h"
 
 // Everything of the loss but the way its gradient leaves. `(...)` is the leading shape of the logits.
@@ -52,10 +53,16 @@ PyObject* cpu_isa(PyObject*, PyObject*) {
 
 PyObject* cpu_isas(PyObject*, PyObject*) { return PyUnicode_FromString(fastkd::runnable_isas()); }
 
+PyObject* release_lingering_memory(PyObject*, PyObject*) {
+  return PyLong_FromSize_t(fastkd::release_lingering_memory());
+}
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS,
      "Instruction set of the CPU kernels in use; ValueError if FASTKD_CPU_ISA names none."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "Instruction sets that this machine runs, separated by commas."},
+    {"release_lingering_memory", release_lingering_memory, METH_NOARGS,
+     "Gives the memory of a freed gradient that lingers for the next call back to the system; returns its bytes."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -76,7 +76,7 @@ void raise_for_teacher(const Status& status, const SparseTeacher& t) {
 
 // The two operators of a device. Device brings
 //   static Outputs sparse(LossParams, const SparseTeacher&, const Tensor& student, RowTensors, const Scalars&)
-template <class Device>
+template <class Device, Tensor (*kGradient)(LossParams&, const Tensor& student) = fresh_gradient>
 struct SparseOperators {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_forward(
       Tensor student, Tensor ids, Tensor logprobs, OptionalTensor weights, OptionalTensor labels,
@@ -87,7 +87,7 @@ struct SparseOperators {
     const SparseTeacher teacher = teacher_of(kept, student, tail, numbers);
     LossParams p;
     p.student = rows_or_copy("student_logits", student);
-    Tensor gradient = new_gradient(p, student, with_gradient);
+    Tensor gradient = new_gradient<kGradient>(p, student, with_gradient);
     const Scalars scalars{numbers, divergence, scale_by_t2, ignore_index, reduction, with_stats};
     Outputs out = Device::sparse(p, teacher, student, {labels, token_weights, temperatures, num_items}, scalars);
     return {out.loss, gradient, out.pending, out.stats};

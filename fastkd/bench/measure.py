@@ -12,6 +12,8 @@ from statistics import median
 
 import torch
 
+from fastkd.ops import release_lingering_memory
+
 from .providers import Problem, Provider
 
 MIN_FLUSH_BYTES, MAX_FLUSH_BYTES = 64 << 20, 512 << 20
@@ -90,6 +92,7 @@ def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
 def return_freed_memory() -> None:
     """What an allocator keeps of earlier runs would hide the next run's needs."""
     gc.collect()
+    release_lingering_memory()
     with contextlib.suppress(AttributeError):  # glibc's own
         ctypes.CDLL(None).malloc_trim(0)
 

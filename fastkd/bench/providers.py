@@ -90,6 +90,10 @@ def _fastkd(problem: Problem) -> tuple[Tensor, Tensor | None]:
     return _backward(problem, loss)
 
 
+def _release(problem: Problem) -> None:
+    fastkd.ops.release_lingering_memory()
+
+
 class _Head(torch.autograd.Function):
     """A head whose forward and backward cost nothing: its output is not a leaf, as in-place needs it."""
 
@@ -195,7 +199,8 @@ PROVIDERS = {
         Provider("trl", _trl, 3, missing=_needs("trl", TRL_BETA)),
         Provider("torchtune", _torchtune, 3, missing=_needs("torchtune")),
         Provider("liger", _liger, 3, missing=_needs("liger_kernel", device="cuda")),
-        Provider("fastkd", _fastkd, 3),  # a fresh gradient
+        Provider("fastkd", _fastkd, 3),  # a fresh gradient, in the lingering memory of the one freed before
+        Provider("fastkd-first", _fastkd, 3, prepare=_release),  # a fresh gradient, in memory new from the system
         Provider("fastkd-inplace", _run_inplace, 3, prepare=_refill),  # the gradient over the logits
         Provider("fastkd-value", _value, 2),  # no gradient
     )

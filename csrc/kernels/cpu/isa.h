@@ -16,6 +16,7 @@ struct RowScratch {
   float *exp_s, *exp_t, *ratio, *exp_hard;
   Piece* pieces;
   TermSums* terms;
+  bool* kept;  // per block: whether its exponentials wait for the last step, or are made again
 };
 
 // The same for a row with a sparse teacher.

@@ -30,7 +30,7 @@ class ThreadScratch {
     const int64_t blocks = blocks_of(columns), width = blocks * kBlock;
     const int64_t floats = 4 * width * static_cast<int64_t>(sizeof(float));
     const int64_t pieces = blocks * static_cast<int64_t>(sizeof(Piece));
-    const int64_t bytes = floats + pieces + blocks * static_cast<int64_t>(sizeof(TermSums));
+    const int64_t bytes = floats + pieces + blocks * static_cast<int64_t>(sizeof(TermSums) + sizeof(bool));
     if (bytes > capacity_) {
       capacity_ = (bytes + kAlignment - 1) / kAlignment * kAlignment;
       memory_.reset(std::aligned_alloc(kAlignment, static_cast<size_t>(capacity_)));
@@ -46,7 +46,8 @@ class ThreadScratch {
             exponentials + 2 * width,
             exponentials + 3 * width,
             reinterpret_cast<Piece*>(rest),
-            reinterpret_cast<TermSums*>(rest + pieces)};
+            reinterpret_cast<TermSums*>(rest + pieces),
+            reinterpret_cast<bool*>(rest + pieces + blocks * static_cast<int64_t>(sizeof(TermSums)))};
   }
 
  private:

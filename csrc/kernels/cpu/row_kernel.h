@@ -9,6 +9,10 @@
 namespace fastkd {
 namespace {
 
+// Blocks of a thread's part of a row that stay in a second-level cache of 2 MB: 12 bytes a column for 16-bit logits.
+constexpr int64_t kCachedBlocks = 80;
+constexpr int64_t kKeptTail = 24;  // of a longer part; more push each other out
+
 // A row under way.
 struct RowJob {
   const LossParams& params;
@@ -50,6 +54,9 @@ struct RowJob {
   const char* teacher_at(int64_t block) const { return teacher + block * kBlock * size_of(params.teacher.dtype); }
   char* gradient_at(int64_t block) const { return gradient + block * kBlock * size_of(params.gradient.dtype); }
 
+  // The hard exponential that the gradient needs.
+  Hard gradient_hard() const { return options.ce_weight != 0 ? hard : Hard::none; }
+
   // The student's exponentials wait in the gradient's own memory where they fit: fewer lines in the cache.
   float* exp_s_at(int64_t block) const {
     const bool whole = columns_of(block) % kLanes == 0;
@@ -70,13 +77,24 @@ struct RowJob {
 FASTKD_FN Stream stream(const char* next, DType dtype) { return {next, kLanes * static_cast<int>(size_of(dtype))}; }
 FASTKD_FN Exponent<Vec> lanes_of(const Exponent<float>& e) { return {Vec(e.reference), Vec(e.slope)}; }
 
+// Whether a block's exponentials wait in memory for the last step, which runs backwards; else it makes them again from
+// the logits. begin, end: what the calling thread does in both steps. Reading them back from beyond the second-level
+// cache takes longer than making them again where the logits are half as wide; a bounded tail is still in the cache.
+FASTKD_FN bool waits_for_last_step(const RowJob& job, int64_t block, int64_t begin, int64_t end) {
+  const LossParams& p = job.params;
+  if (!job.keeps_exponentials || !is_mixed_kl(job.options.divergence)) return job.keeps_exponentials;
+  const bool wide = p.student.dtype == DType::float32 || p.teacher.dtype == DType::float32;
+  return wide || end - begin <= kCachedBlocks || end - block <= kKeptTail;
+}
+
 void first_step(RowJob& job, int64_t begin, int64_t end) {
   const LossParams& p = job.params;
   alignas(64) float forgotten[4][kBlock];
   for (int64_t block = begin; block < end; ++block) {
     const int columns = job.columns_of(block);
     BlockView view = job.view(block);
-    if (!job.keeps_exponentials) view.keep_in(forgotten);
+    job.scratch.kept[block] = waits_for_last_step(job, block, begin, end);
+    if (!job.scratch.kept[block]) view.keep_in(forgotten);
     const Block s = read_block(job.student_at(block), p.student.dtype, columns, p.student_softcap, view.exp_s);
     const Block t = read_block(job.teacher_at(block), p.teacher.dtype, columns, p.teacher_softcap, view.exp_t);
     view.student = s.logits;
@@ -153,18 +171,70 @@ FASTKD_FN BlockCoefficients block_coefficients(const RowJob& job, int64_t block)
   return b;
 }
 
+// Where the last step finds a block: its kept exponentials, or the logits to make them from again.
+FASTKD_FN void fetch_for_last_step(const RowJob& job, int64_t next, BlockView& view) {
+  const BlockView ahead = job.view(next);
+  if (job.scratch.kept[next]) {
+    view.next_s = stream(reinterpret_cast<const char*>(ahead.exp_s), DType::float32);
+    view.next_t = stream(reinterpret_cast<const char*>(ahead.exp_t), DType::float32);
+  } else {
+    view.next_s = stream(job.student_at(next), job.params.student.dtype);
+    view.next_t = stream(job.teacher_at(next), job.params.teacher.dtype);
+  }
+  view.next_d = stream(job.gradient_at(next), job.params.gradient.dtype);
+}
+
+// The same from logits that are n (padded) columns of one dtype, without a softcap.
+template <DType kDType>
+void sweep_remade(const RowJob& job, int64_t block, const BlockView& view, const char* student, const char* teacher,
+                  float* gradient) {
+  const Piece& piece = job.scratch.pieces[block];
+  const float temperature = job.options.temperature;
+  const RemadeColumns<kDType> columns{student,
+                                      teacher,
+                                      lanes_of(job.softening.relative_to(piece.largest_s)),
+                                      lanes_of(job.softening.relative_to(piece.largest_t)),
+                                      Vec(temperature),
+                                      job.hard == Hard::power ? static_cast<int>(temperature) : 0};
+  gradient_sweep_of(job.gradient_hard(), view, columns, block_coefficients(job, block), gradient);
+}
+
+// The gradient of one block, before the label's part and the softcap's.
+void sweep_gradient(const RowJob& job, int64_t block, const BlockView& view, float* gradient) {
+  if (job.scratch.kept[block]) {
+    return gradient_sweep_of(job.gradient_hard(), view, KeptColumns{view}, block_coefficients(job, block), gradient);
+  }
+  const LossParams& p = job.params;
+  const int n = job.columns_of(block);
+  const char *student = job.student_at(block), *teacher = job.teacher_at(block);
+  const bool capped = p.student_softcap != 0 || p.teacher_softcap != 0;
+  if (p.student.dtype == p.teacher.dtype && !capped && n % kLanes == 0) {
+    if (p.student.dtype == DType::bfloat16) {
+      return sweep_remade<DType::bfloat16>(job, block, view, student, teacher, gradient);
+    }
+    if (p.student.dtype == DType::float16) {
+      return sweep_remade<DType::float16>(job, block, view, student, teacher, gradient);
+    }
+    return sweep_remade<DType::float32>(job, block, view, student, teacher, gradient);
+  }
+  alignas(64) float s[kBlock], t[kBlock];
+  load_block(student, p.student.dtype, n, p.student_softcap, s);
+  load_block(teacher, p.teacher.dtype, n, p.teacher_softcap, t);
+  sweep_remade<DType::float32>(job, block, view, reinterpret_cast<const char*>(s), reinterpret_cast<const char*>(t),
+                               gradient);
+}
+
 void last_step(RowJob& job, int64_t begin, int64_t end) {
   const LossParams& p = job.params;
   const int64_t label = p.needs_hard() ? p.labels[job.n] : -1;
-  const Hard hard = job.options.ce_weight != 0 ? job.hard : Hard::none;
   float gradient[kBlock];
   // against the direction of the step before, for the same reason as there
   const int64_t step = is_mixed_kl(job.options.divergence) ? -1 : 1;
   for (int64_t block = step > 0 ? begin : end - 1; block >= begin && block < end; block += step) {
     const int columns = job.columns_of(block);
     BlockView view = job.view(block);
-    view.next_d = stream(job.gradient_at(block + step), p.gradient.dtype);
-    gradient_sweep_of(hard, view, block_coefficients(job, block), gradient);
+    if (block + step >= begin && block + step < end) fetch_for_last_step(job, block + step, view);
+    sweep_gradient(job, block, view, gradient);
     const int64_t label_at = label - block * kBlock;
     if (label_at >= 0 && label_at < columns) gradient[label_at] += job.coefficients.label;
     if (p.student_softcap != 0) {

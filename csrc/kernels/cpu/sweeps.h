@@ -5,6 +5,7 @@
 #include "../../core/divergence.h"
 #include "../../core/hard.h"
 #include "../../core/softcap.h"
+#include "convert.h"
 #include "isa.h"
 #include "simd.h"
 
@@ -40,6 +41,15 @@ struct BlockView {
   }
 };
 
+// 2^(T y_s), where it is not made from 2^y_s when it is used.
+template <Hard kHard>
+FASTKD_FN Vec hard_exponential(Vec e_s, Vec y_s, Vec temperature, int power) {
+  if constexpr (kHard == Hard::own) return exp2(temperature * y_s);
+  Vec hard = e_s;
+  for (int k = 1; k < power; ++k) hard = hard * e_s;
+  return hard;
+}
+
 // First sweep: exponentials of both models and the sums of them that a divergence needs.
 template <bool kDotTeacher, bool kDotStudent, bool kRatio, Hard kHard>
 void first_sweep(const BlockView& b, Exponent<Vec> exponent_s, Exponent<Vec> exponent_t, float temperature,
@@ -61,12 +71,7 @@ void first_sweep(const BlockView& b, Exponent<Vec> exponent_s, Exponent<Vec> exp
     if constexpr (kRatio) ratio.store(b.ratio + i);
     if constexpr (kHard == Hard::square) sum_hard += e_s * e_s;
     if constexpr (kHard == Hard::power || kHard == Hard::own) {
-      Vec hard = e_s;
-      if constexpr (kHard == Hard::own) {
-        hard = exp2(t * y_s);
-      } else {
-        for (int k = 1; k < power; ++k) hard = hard * e_s;
-      }
+      const Vec hard = hard_exponential<kHard>(e_s, y_s, t, power);
       hard.store(b.exp_hard + i);
       sum_hard += hard;
     }
@@ -168,19 +173,57 @@ struct BlockCoefficients {
   float student, ratio, second, hard, constant;  // second: of exp_t, which holds 2^y_t or dlogq
 };
 
+// A lane group's exponentials in the last sweep, as the first sweep left them in memory ...
+struct KeptColumns {
+  const BlockView& b;
+
+  template <bool kRatio, Hard kHard>
+  FASTKD_METHOD void at(int i, Vec& e_s, Vec& e_t, Vec& ratio, Vec& hard) const {
+    e_s = Vec::load(b.exp_s + i);
+    e_t = Vec::load(b.exp_t + i);
+    if constexpr (kRatio) ratio = Vec::load(b.ratio + i);
+    if constexpr (kHard == Hard::power || kHard == Hard::own) hard = Vec::load(b.exp_hard + i);
+  }
+};
+
+// ... or made again from the logits, with the same bits.
+template <DType kDType>
+struct RemadeColumns {
+  const char *student, *teacher;
+  Exponent<Vec> exponent_s, exponent_t;
+  Vec temperature;
+  int power;
+
+  template <bool kRatio, Hard kHard>
+  FASTKD_METHOD void at(int i, Vec& e_s, Vec& e_t, Vec& ratio, Vec& hard) const {
+    constexpr int size = static_cast<int>(size_of(kDType));
+    const Vec y_s = exponent_s(load_lanes<kDType>(student + i * size));
+    const Vec y_t = exponent_t(load_lanes<kDType>(teacher + i * size));
+    e_s = exp2(y_s);
+    e_t = exp2(y_t);
+    if constexpr (kRatio) ratio = y_t - y_s;
+    if constexpr (kHard == Hard::power || kHard == Hard::own) {
+      hard = hard_exponential<kHard>(e_s, y_s, temperature, power);
+    }
+  }
+};
+
 // Last sweep: the gradient of n (padded) columns in fp32.
-template <bool kRatio, Hard kHard>
-void gradient_sweep(const BlockView& b, const BlockCoefficients& c, float* gradient) {
-  const Vec student(c.student), ratio(c.ratio), second(c.second), hard(c.hard), constant(c.constant);
+template <bool kRatio, Hard kHard, class Columns>
+void gradient_sweep(const BlockView& b, const Columns& columns, const BlockCoefficients& c, float* gradient) {
+  const Vec student(c.student), ratio_weight(c.ratio), second(c.second), hard_weight(c.hard), constant(c.constant);
   for (int i = 0; i < b.n; i += kLanes) {
+    b.next_s.fetch(i);
+    b.next_t.fetch(i);
     b.next_d.fetch(i);
-    const Vec e_s = Vec::load(b.exp_s + i);
-    Vec d = second * Vec::load(b.exp_t + i) + constant;
+    Vec e_s, e_t, ratio, hard;
+    columns.template at<kRatio, kHard>(i, e_s, e_t, ratio, hard);
+    Vec d = second * e_t + constant;
     Vec of_e_s = student;
-    if constexpr (kHard == Hard::square) of_e_s = hard * e_s + of_e_s;
-    if constexpr (kHard == Hard::power) d = hard * Vec::load(b.exp_hard + i) + d;
+    if constexpr (kHard == Hard::square) of_e_s = hard_weight * e_s + of_e_s;
+    if constexpr (kHard == Hard::power || kHard == Hard::own) d = hard_weight * hard + d;
     if constexpr (kRatio) {
-      d = weigh(e_s, ratio * Vec::load(b.ratio + i) + of_e_s) + d;
+      d = weigh(e_s, ratio_weight * ratio + of_e_s) + d;
     } else {
       d = of_e_s * e_s + d;
     }
@@ -188,17 +231,24 @@ void gradient_sweep(const BlockView& b, const BlockCoefficients& c, float* gradi
   }
 }
 
-template <bool kRatio>
-FASTKD_FN void gradient_sweep_hard(Hard hard, const BlockView& b, BlockCoefficients c, float* gradient) {
-  if (hard == Hard::square) return gradient_sweep<kRatio, Hard::square>(b, c, gradient);
-  if (hard == Hard::power || hard == Hard::own) return gradient_sweep<kRatio, Hard::power>(b, c, gradient);
+template <bool kRatio, class Columns>
+FASTKD_FN void gradient_sweep_hard(Hard hard, const BlockView& b, const Columns& columns, BlockCoefficients c,
+                                   float* gradient) {
+  switch (hard) {
+    case Hard::square: return gradient_sweep<kRatio, Hard::square>(b, columns, c, gradient);
+    case Hard::power: return gradient_sweep<kRatio, Hard::power>(b, columns, c, gradient);
+    case Hard::own: return gradient_sweep<kRatio, Hard::own>(b, columns, c, gradient);
+    case Hard::none: break;
+  }
   c.student += c.hard;  // T = 1: one exponential serves both
-  gradient_sweep<kRatio, Hard::none>(b, c, gradient);
+  gradient_sweep<kRatio, Hard::none>(b, columns, c, gradient);
 }
 
-FASTKD_FN void gradient_sweep_of(Hard hard, const BlockView& b, const BlockCoefficients& c, float* gradient) {
-  if (c.ratio != 0) return gradient_sweep_hard<true>(hard, b, c, gradient);
-  gradient_sweep_hard<false>(hard, b, c, gradient);
+template <class Columns>
+FASTKD_FN void gradient_sweep_of(Hard hard, const BlockView& b, const Columns& columns, const BlockCoefficients& c,
+                                 float* gradient) {
+  if (c.ratio != 0) return gradient_sweep_hard<true>(hard, b, columns, c, gradient);
+  gradient_sweep_hard<false>(hard, b, columns, c, gradient);
 }
 
 // Chain rule of the softcap.

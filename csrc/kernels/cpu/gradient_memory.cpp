@@ -1,0 +1,114 @@
+// See gradient_memory.h. One atomic pointer is all the state: no lock that a fork could leave taken, nothing to destroy
+// before the last tensor.
+#include "gradient_memory.h"
+
+#include <atomic>
+#include <cerrno>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <string>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fastkd {
+namespace {
+
+constexpr size_t kHugePage = size_t{1} << 21, kPage = 4096;
+constexpr long long kDefaultLimit = 1LL << 30;
+constexpr size_t kSmallest = 2 * kHugePage;  // below, the C library keeps freed memory itself
+
+std::atomic<GradientMemory*> lingering{nullptr};
+
+struct Limit {
+  long long bytes = kDefaultLimit;
+  std::string error;
+
+  Limit() {
+    const char* text = std::getenv("FASTKD_LINGER_BYTES");
+    if (!text || !*text) return;
+    char* end = nullptr;
+    errno = 0;
+    bytes = std::strtoll(text, &end, 10);
+    if (errno == 0 && *end == '\0' && bytes >= 0) return;
+    bytes = -1;
+    error = "FASTKD_LINGER_BYTES=" + std::string(text) + " is not a number of bytes >= 0";
+  }
+};
+
+#if defined(__linux__)
+
+void unmap(GradientMemory* memory) {
+  munmap(memory->data, memory->capacity);
+  delete memory;
+}
+
+// Maps whole pages from a huge page's border on, and advises huge pages for those that are filled.
+void* map_aligned(size_t capacity) {
+  const size_t mapped = capacity + kHugePage;
+  void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  const auto begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t aligned = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  if (aligned > begin) munmap(memory, aligned - begin);
+  const uintptr_t end = aligned + capacity;
+  if (begin + mapped > end) munmap(reinterpret_cast<void*>(end), begin + mapped - end);
+  void* data = reinterpret_cast<void*>(aligned);
+  madvise(data, capacity / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: failure is harmless
+  return data;
+}
+
+#endif
+
+}  // namespace
+
+long long linger_limit(const char** error) {
+  static const Limit limit;
+  *error = limit.error.c_str();
+  return limit.bytes;
+}
+
+#if defined(__linux__) && defined(MADV_FREE)
+
+GradientMemory* take_gradient_memory(size_t bytes, long long limit) {
+  if (bytes < kSmallest || limit < 0 || bytes > static_cast<size_t>(limit)) return nullptr;
+  if (GradientMemory* kept = lingering.exchange(nullptr)) {
+    // much larger memory would hold on to pages that nobody uses
+    if (kept->capacity >= bytes && kept->capacity / 2 <= bytes) return kept;
+    unmap(kept);
+  }
+  const size_t capacity = (bytes + kPage - 1) / kPage * kPage;
+  void* data = map_aligned(capacity);
+  if (!data) return nullptr;
+  auto* memory = new (std::nothrow) GradientMemory{data, capacity, static_cast<size_t>(limit)};
+  if (!memory) munmap(data, capacity);
+  return memory;
+}
+
+void free_gradient_memory(GradientMemory* memory) {
+  // from here on the system may take the pages, but need not: written again before that, they cost nothing
+  if (memory->capacity > memory->max_linger || madvise(memory->data, memory->capacity, MADV_FREE) != 0) {
+    return unmap(memory);
+  }
+  if (GradientMemory* other = lingering.exchange(memory)) unmap(other);
+}
+
+size_t release_lingering_memory() {
+  GradientMemory* kept = lingering.exchange(nullptr);
+  if (!kept) return 0;
+  const size_t bytes = kept->capacity;
+  unmap(kept);
+  return bytes;
+}
+
+#else
+
+GradientMemory* take_gradient_memory(size_t, long long) { return nullptr; }
+void free_gradient_memory(GradientMemory*) {}
+size_t release_lingering_memory() { return 0; }
+
+#endif
+
+}  // namespace fastkd
