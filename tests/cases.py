@@ -37,6 +37,7 @@ SHAPES = [
     _case("Llama 3 in bf16, few rows: a row is split over threads", "bf16 bf16", lead=(1,), vocab=128256),
     _case("Qwen", "bf16 fp32", lead=(1,), vocab=151936, regime="late_top"),
     _case("Gemma", lead=(1,), vocab=262144, regime="near"),
+    _case("a million columns: exponentials made again for the gradient", "bf16 bf16", lead=(1,), vocab=2**20),
 ]
 
 TEMPERATURES = [

@@ -22,7 +22,7 @@ import fastkd
 from fastkd.bench import check, jobs, main, providers, report, tables, targets, worker
 from fastkd.bench.providers import PROVIDERS, Problem, Provider
 
-OURS = ["fastkd", "fastkd-inplace", "fastkd-value"]
+OURS = ["fastkd", "fastkd-first", "fastkd-inplace", "fastkd-value"]
 
 
 @pytest.fixture
@@ -166,7 +166,8 @@ def test_a_provider_frees_what_counts_as_its_memory() -> None:
     report.add_rates(results)
     peak = {result["provider"]: result["peak_nv"] for result in results}
     assert peak["naive"] >= 3
-    assert peak["fastkd"] == pytest.approx(1, abs=0.1)
+    assert peak["fastkd"] == pytest.approx(1, abs=0.1)  # though what lingers was there already
+    assert peak["fastkd-first"] == pytest.approx(1, abs=0.1)
     assert peak["fastkd-inplace"] <= 0.05 and peak["fastkd-value"] <= 0.05
 
 

@@ -43,6 +43,13 @@ MUTANTS = {
         KERNEL, "exp2(job.options.temperature * shift_s)", "exp2(shift_s)"
     ),
     "linear sum not rebased": Mutant(SUMS, "columns * shift_s", "0.0f * shift_s"),
+    "exponentials made again relative to the row's maximum": Mutant(
+        KERNEL, "lanes_of(job.softening.relative_to(piece.largest_s))",
+        "lanes_of(job.softening.relative_to(job.row.largest_s))",
+    ),
+    "the powers are not made again": Mutant(
+        KERNEL, "job.hard == Hard::power ? static_cast<int>(temperature) : 0", "0"
+    ),
     # guards
     "empty sums are shifted": Mutant(
         SUMS, "dot_t = scale_t == 0 ? 0.0f : scale_t * (dot_t + (sum_t == 0 ? 0.0f : sum_t * (shift_t - shift_s)))",

@@ -42,10 +42,9 @@ inline std::optional<Tensor> lingering_tensor(const std::vector<int64_t>& shape,
   if (!memory) return std::nullopt;
   const auto deleter = [](void*, void* context) { free_gradient_memory(static_cast<GradientMemory*>(context)); };
   AtenTensorHandle handle = nullptr;
-  const AOTITorchError failed =
-      torch_from_blob(memory->data, static_cast<int64_t>(shape.size()), shape.data(), strides.data(), 0,
-                      shim_dtype(dtype), aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
-                      nullptr, 0, deleter, memory);
+  const AOTITorchError failed = torch_from_blob(memory->data, static_cast<int64_t>(shape.size()), shape.data(),
+                                                strides.data(), 0, shim_dtype(dtype), aoti_torch_device_type_cpu(), -1,
+                                                &handle, aoti_torch_layout_strided(), nullptr, 0, deleter, memory);
   if (!failed) return Tensor(handle);
   free_gradient_memory(memory);
   return std::nullopt;

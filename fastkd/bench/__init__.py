@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
               f"fastkd {about['fastkd']} {about['commit']}")  # fmt: skip
     out.print(
         f"T = {arguments.temperature:g}, KD + CE, logits in, loss and gradient out. Cold: {flush_bytes() >> 20} MiB "
-        "touched before each run. A fresh gradient, and all that naive allocates, pays its page faults; naive-warm "
-        "keeps its memory from run to run. GB/s: of 3 N·V, the least for loss and gradient (2 for copy and value)."
+        "touched before each run. A fresh gradient takes the memory that lingers of the one before; fastkd-first pays "
+        "its page faults, like all that naive allocates; naive-warm keeps its memory from run to run. "
+        "GB/s: of 3 N·V, the least for loss and gradient (2 for copy and value)."
     )
     for table in [*all_tables(results), *linear_jobs.all_tables(results)]:
         out.print(table)

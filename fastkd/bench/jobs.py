@@ -12,6 +12,8 @@ from typing import Any
 
 from fastkd.divergence import SPECS
 
+from .measure import flush_bytes
+
 WARM_BYTES = 4 << 30  # glibc keeps freed blocks up to this size, instead of returning them to the system
 WARM_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(WARM_BYTES),
@@ -19,10 +21,12 @@ WARM_ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(WARM_BYTES),
 }
 MAIN = [
-    "copy", "naive", "naive-warm", "compile", "trl", "torchtune", "liger", "fastkd", "fastkd-inplace", "fastkd-value",
+    "copy", "naive", "naive-warm", "compile", "trl", "torchtune", "liger", "fastkd", "fastkd-first", "fastkd-inplace",
+    "fastkd-value",
 ]  # fmt: skip
 # the first run of a compiled provider shows what compiling costs, whatever was compiled before
 ENVIRONMENT = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+BYTES = {"float32": 4, "bfloat16": 2}
 OURS = ["copy", "fastkd", "fastkd-inplace", "fastkd-value"]
 
 
@@ -41,6 +45,7 @@ class Job:
     divergence: str = "forward_kl"
     cold: bool = True  # evict the inputs from the caches between runs
     repeats: int = 1  # runs that one timing averages
+    problems: int = 1  # problems that the runs take in turn: with many, the logits are cold and the program is not
     memory: bool = True
     extra_environment: dict[str, str] = field(default_factory=dict)
     worker: str = "fastkd.bench.worker"  # the module that measures it
@@ -76,18 +81,26 @@ def divergence_jobs(arguments: Any) -> list[Job]:
 
 
 def vocab_jobs(arguments: Any) -> list[Job]:
-    """Equal numbers of elements at growing V, then one row of 2^20 columns on one thread and on all."""
-    elements = arguments.rows * arguments.vocab
+    """Equal numbers of elements at growing V, then one row of 2^20 columns on one thread and on all: after a flush,
+    which evicts the interpreter too (that costs most of a millisecond, on one thread), and with cold logits alone."""
+    elements, threads = arguments.rows * arguments.vocab, arguments.threads
     jobs = []
     for dtype in arguments.dtype:
         jobs += [
-            _ours(arguments, "vocab", max(1, elements // vocab), vocab, dtype)
+            # a multiple of the threads: none has a row more to do than another
+            _ours(arguments, "vocab", max(1, elements // vocab // threads * threads), vocab, dtype)
             for vocab in (32000, 128256, 262144, 1 << 20)
         ]
         jobs += [
-            _ours(arguments, "vocab", 1, 1 << 20, dtype, threads=threads, rounds=3 * arguments.rounds)
-            for threads in (1, arguments.threads)
+            _ours(arguments, "vocab", 1, 1 << 20, dtype, threads=count, rounds=3 * arguments.rounds)
+            for count in (1, threads)
         ]
+        many = -(-flush_bytes() // (2 * (1 << 20) * BYTES[dtype]))
+        jobs += [
+            _ours(arguments, "row", 1, 1 << 20, dtype, providers=["copy", "fastkd", "fastkd-value"], threads=count,
+                  rounds=6 * arguments.rounds, cold=False, problems=many)
+            for count in (1, threads)
+        ]  # fmt: skip
     return jobs
 
 

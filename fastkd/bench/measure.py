@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -43,19 +44,23 @@ def run_once(provider: Provider, problem: Problem, flush: torch.Tensor | None, r
         problem.student_logits.grad = None
         provider.run(problem)
     _synchronise(problem)
-    return (time.perf_counter() - start) / repeats
+    seconds = (time.perf_counter() - start) / repeats
+    problem.student_logits.grad = None  # of many problems, only the one that runs has a gradient
+    return seconds
 
 
 def time_in_turns(
-    providers: Sequence[Provider], problem: Problem, rounds: int, cold: bool, repeats: int = 1
+    providers: Sequence[Provider], problems: Sequence[Problem], rounds: int, cold: bool, repeats: int = 1
 ) -> Iterator[tuple[str, float]]:
-    """(provider, seconds) of every run: providers take turns in each round, so that noise hits all alike."""
+    """(provider, seconds) of every run: providers take turns in each round, so that noise hits all alike, and problems
+    take turns from run to run."""
     flush = torch.zeros(flush_bytes() // 4) if cold else None
     for provider in providers:  # warm-up, and compilation
-        run_once(provider, problem, flush, repeats)
+        run_once(provider, problems[0], flush, repeats)
+    in_turn = itertools.cycle([*problems[1:], problems[0]])
     for _ in range(rounds):
         for provider in providers:
-            yield provider.name, run_once(provider, problem, flush, repeats)
+            yield provider.name, run_once(provider, next(in_turn), flush, repeats)
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:

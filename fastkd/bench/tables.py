@@ -109,6 +109,14 @@ def _vocab(results: Sequence[Result]) -> list[Table]:
     return tables
 
 
+def _row(results: Sequence[Result]) -> list[Table]:
+    """The same for one row whose logits alone are cold."""
+    tables = _vocab(results)
+    for table in tables:
+        table.title = f"{table.title}; one row, logits taken in turn from many, the program in the caches"
+    return tables
+
+
 def _grid(results: Sequence[Result]) -> list[Table]:
     """Microseconds of a warm call beside eager PyTorch."""
     names = ["naive", "p20 – p80", "fastkd", "p20 – p80", "× naive"]
@@ -126,6 +134,7 @@ LAYOUTS: dict[str, Callable[[Sequence[Result]], list[Table]]] = {
     "default": _full,
     "divergences": _divergences,
     "vocab": _vocab,
+    "row": _row,
     "grid": _grid,
 }
 

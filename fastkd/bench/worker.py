@@ -60,10 +60,10 @@ def _usable(names: list[str], problem: Problem) -> list[Provider]:
     return usable
 
 
-def _time(job: dict[str, Any], problem: Problem) -> None:
+def _time(job: dict[str, Any], problems: list[Problem]) -> None:
     seconds: dict[str, list[float]] = {}
-    usable = _usable(job["providers"], problem)
-    for name, elapsed in time_in_turns(usable, problem, job["rounds"], job["cold"], job.get("repeats", 1)):
+    usable = _usable(job["providers"], problems[0])
+    for name, elapsed in time_in_turns(usable, problems, job["rounds"], job["cold"], job.get("repeats", 1)):
         seconds.setdefault(name, []).append(elapsed)
         say(tick=name)
     for name, values in seconds.items():
@@ -74,12 +74,13 @@ def main(argv: list[str]) -> int:
     """Run one job: the fields of jobs.Job, and kind: "time" or "memory"."""
     job = json.loads(argv[0])
     torch.set_num_threads(job["threads"])
-    problem = Problem(job["rows"], job["vocab"], getattr(torch, job["dtype"]), job["temperature"], job["divergence"])
+    shape = (job["rows"], job["vocab"], getattr(torch, job["dtype"]), job["temperature"], job["divergence"])
+    problems = [Problem(*shape, seed=seed) for seed in range(job.get("problems", 1))]
     if job["kind"] == "memory":
         (name,) = job["providers"]
-        say(provider=name, peak=provider_memory(PROVIDERS[name], problem))
+        say(provider=name, peak=provider_memory(PROVIDERS[name], problems[0]))
     else:
-        _time(job, problem)
+        _time(job, problems)
     return 0
 
 

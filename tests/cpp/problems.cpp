@@ -138,6 +138,27 @@ void add_parallel(std::vector<Problem>& out, bool quick) {
   }
 }
 
+// Rows of 16-bit logits so long that a thread makes most exponentials again for the gradient, alone and shared by two.
+void add_long_rows(std::vector<Problem>& out, bool quick) {
+  const float temperatures[] = {2, 0.7f, 3, 1};  // square, own exponential, power, the tempered one itself
+  int turn = 0;
+  for (float temperature : temperatures)
+    for (Divergence d : {Divergence::forward_kl, Divergence::reverse_kl, Divergence::symmetric_kl}) {
+      const bool few = d == (temperature == 2 ? Divergence::forward_kl : Divergence::reverse_kl);
+      if (quick && (temperature == 1 || !few)) continue;
+      Problem p = named("long rows T " + std::to_string(temperature), d, 1, turn % 2 ? 82 * 2048 + 9 : 400000,
+                        turn % 3 ? DType::bfloat16 : DType::float16);
+      p.teacher_dtype = turn % 4 == 3 ? DType::float16 : p.student_dtype;
+      p.options.temperature = temperature;
+      p.options.ce_weight = 0.5f;
+      p.student_softcap = turn % 4 == 2 ? 4.0f : 0.0f;
+      p.in_place = turn % 2 == 0;
+      p.peak = 20;
+      ++turn;
+      out.push_back(p);
+    }
+}
+
 }  // namespace
 
 std::vector<Problem> all_problems(bool quick) {
@@ -146,6 +167,7 @@ std::vector<Problem> all_problems(bool quick) {
   add_options(out);
   add_values(out);
   add_parallel(out, quick);
+  add_long_rows(out, quick);
   out.push_back(named("no rows", Divergence::forward_kl, 0, 9, DType::float32));
   return out;
 }
