@@ -18,7 +18,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t{1} << 21, kPage = 4096;
 constexpr long long kDefaultLimit = 1LL << 30;
-constexpr size_t kSmallest = 2 * kHugePage;  // below, the C library keeps freed memory itself
+constexpr size_t kSmallest = kHugePage;  // below, the C library keeps freed memory itself
 
 std::atomic<GradientMemory*> lingering{nullptr};
 
