@@ -138,7 +138,8 @@ void add_parallel(std::vector<Problem>& out, bool quick) {
   }
 }
 
-// Rows of 16-bit logits so long that a thread makes most exponentials again for the gradient, alone and shared by two.
+// Rows of 16-bit logits so long that a thread makes most exponentials again for the gradient: a row a thread, and one
+// row that all share.
 void add_long_rows(std::vector<Problem>& out, bool quick) {
   const float temperatures[] = {2, 0.7f, 3, 1};  // square, own exponential, power, the tempered one itself
   int turn = 0;
@@ -146,9 +147,9 @@ void add_long_rows(std::vector<Problem>& out, bool quick) {
     for (Divergence d : {Divergence::forward_kl, Divergence::reverse_kl, Divergence::symmetric_kl}) {
       const bool few = d == (temperature == 2 ? Divergence::forward_kl : Divergence::reverse_kl);
       if (quick && (temperature == 1 || !few)) continue;
-      Problem p = named("long rows T " + std::to_string(temperature), d, 1, turn % 2 ? 82 * 2048 + 9 : 400000,
-                        turn % 3 ? DType::bfloat16 : DType::float16);
-      p.teacher_dtype = turn % 4 == 3 ? DType::float16 : p.student_dtype;
+      const DType dtype = turn % 3 ? DType::bfloat16 : DType::float16;
+      Problem p = named("long rows T " + std::to_string(temperature), d, 4, 82 * 2048 + 9, dtype);
+      p.teacher_dtype = turn % 4 == 3 ? DType::float16 : dtype;
       p.options.temperature = temperature;
       p.options.ce_weight = 0.5f;
       p.student_softcap = turn % 4 == 2 ? 4.0f : 0.0f;
@@ -157,6 +158,10 @@ void add_long_rows(std::vector<Problem>& out, bool quick) {
       ++turn;
       out.push_back(p);
     }
+  Problem p = named("a long row over threads", Divergence::symmetric_kl, 1, 4 * 82 * 2048 + 9, DType::bfloat16);
+  p.options.ce_weight = 0.5f;
+  p.peak = 20;
+  out.push_back(p);
 }
 
 }  // namespace
