@@ -3,7 +3,9 @@ for its native operators."""
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +53,7 @@ def module() -> ModuleType:
     """The kernels as they are, built once a run."""
     if not _entered:
         folder = Path(tempfile.mkdtemp(prefix="fastkd-simt-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         objects = [*simt_build.compile_machine(folder), *simt_build.compile_kernels(folder)]
         enter(link([*objects, *simt_build.compile_operators(folder)], folder))
     return _entered[0]
