@@ -1,0 +1,68 @@
+"""The table of cases on a CUDA device, by the native and the Triton kernels, against the reference on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+np = pytest.importorskip("numpy", reason="the reference is written in numpy")
+
+from cases import CASES  # noqa: E402
+from device_inputs import run_on  # noqa: E402
+from inputs import LAYOUTS  # noqa: E402
+from reference import DIVERGENCES  # noqa: E402
+from test_loss import problem_of  # noqa: E402
+
+from fastkd import ops  # noqa: E402
+
+WIDE = 40000  # columns; beyond, the reference takes a second a case, and three divergences are enough
+TABLE = [
+    (index, divergence)
+    for index, case in enumerate(CASES)
+    for divergence in (DIVERGENCES if case.vocab < WIDE else ("forward_kl", "jsd", "total_variation"))
+]
+FEW = [
+    (index, divergence)
+    for place, (index, divergence) in enumerate(TABLE)
+    if place % 9 == 0 and CASES[index].vocab < WIDE  # Triton compiles for each kind of call
+]
+
+
+def _name(chosen: tuple[int, str]) -> str:
+    return f"{chosen[0]}-{CASES[chosen[0]].name}-{chosen[1]}"
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: this PyTorch has no CUDA, or there is no driver")
+    return torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def native_on(device: torch.device) -> torch.device:
+    if "cuda" not in ops.native_devices():
+        pytest.skip("the extension has no CUDA kernels: FASTKD_CUDA=1 python setup.py build_ext --inplace")
+    return device
+
+
+@pytest.mark.parametrize("chosen", TABLE, ids=_name)
+def test_native(chosen: tuple[int, str], native_on: torch.device) -> None:
+    """Every option at once; in place too where the layout allows it, alternating to save time."""
+    index, divergence = chosen
+    problem = problem_of(index, divergence, True)
+    inplace = LAYOUTS[CASES[index].layout].inplace and (index + DIVERGENCES.index(divergence)) % 2 == 1
+    problem.check(run_on(problem, native_on, backend="native", inplace=inplace))
+    if index % 4 == 0:
+        alone = problem_of(index, divergence, False)
+        alone.check(run_on(alone, native_on, backend="native"))
+
+
+@pytest.mark.parametrize("chosen", FEW, ids=_name)
+def test_triton(chosen: tuple[int, str], device: torch.device) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    problem = problem_of(*chosen, True)
+    problem.check(run_on(problem, device, backend="triton"))
