@@ -1,8 +1,10 @@
-"""Builds fastkd._C: one stable-ABI extension (torch >= 2.10, Python >= 3.10) with a kernel per CPU instruction set."""
+"""Builds fastkd._C: one stable-ABI extension (torch >= 2.10, Python >= 3.10) with a kernel per CPU instruction set, and
+the CUDA kernels where a CUDA toolkit is found (FASTKD_CUDA=auto), asked for (1) or not (0)."""
 
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -31,6 +33,9 @@ def choose_compiler() -> None:
 
 
 choose_compiler()
+sys.path.insert(0, "csrc")
+import nvcc  # noqa: E402
+
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError as error:
@@ -52,7 +57,7 @@ class Build(BuildExtension):
     """Compiles each instruction set with its own flags, then the rest as torch does it."""
 
     def build_extensions(self) -> None:
-        headers = [str(path) for path in sorted(Path("csrc").rglob("*.h"))]
+        headers = [str(path) for path in sorted(Path("csrc").rglob("*.h"))]  # nvcc.py looks after the .cuh
         for extension in self.extensions:
             extension.depends = headers
             extension.extra_objects = [
@@ -65,17 +70,32 @@ class Build(BuildExtension):
                     depends=headers,
                 )
             ]
+            if TOOLKIT:
+                extension.extra_objects += nvcc.compile_kernels(TOOLKIT, Path(self.build_temp) / "cuda")
         super().build_extensions()
 
+
+TOOLKIT = nvcc.find_toolkit()
+SOURCES = ["csrc/torch/library.cpp", "csrc/torch/cpu_ops.cpp", *(str(CPU / f"{name}.cpp") for name in HOST)]
+SOURCES += ["csrc/kernels/cuda/plan.cpp"]  # arithmetic, which explanations need without CUDA too
+MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+LINK = []
+if TOOLKIT:
+    SOURCES += ["csrc/torch/cuda_ops.cpp"]
+    MACROS += [("FASTKD_CUDA_ARCHS", f'"{", ".join(nvcc.architectures())}"')]
+    # the runtime is part of the extension and hidden, so that it meets no other; the stream comes from libtorch
+    LINK = [f"-L{TOOLKIT.libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+    LINK += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
 
 setup(
     ext_modules=[
         CppExtension(
             "fastkd._C",
-            ["csrc/torch/library.cpp", "csrc/torch/cpu_ops.cpp", *(str(CPU / f"{name}.cpp") for name in HOST)],
+            SOURCES,
             py_limited_api=True,
-            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+            define_macros=MACROS,
             extra_compile_args=FLAGS,
+            extra_link_args=LINK,
         )
     ],
     cmdclass={"build_ext": Build},

@@ -45,10 +45,13 @@ def _why_not_these_logits(student_logits: Tensor, teacher_logits: Tensor) -> str
 
 def _why_not_native(student_logits: Tensor, teacher_logits: Tensor) -> str | None:
     """Why the native operators cannot take these logits; None if they can."""
-    if ops.load_error or ops.isa_error:
+    device = student_logits.device.type
+    if ops.load_error or (ops.isa_error and device == "cpu"):
         return ops.load_error or ops.isa_error
-    if student_logits.device.type not in ops.native_devices():
-        return f"built for {', '.join(ops.native_devices())}; the logits are on {student_logits.device.type}"
+    if device not in ops.native_devices() or (device == "cuda" and torch.version.hip):
+        return (
+            f"built for {', '.join(ops.native_devices())}; the logits are on {'ROCm' if device == 'cuda' else device}"
+        )
     return _why_not_these_logits(student_logits, teacher_logits)
 
 
@@ -145,6 +148,14 @@ def select_backend(backend: str, student_logits: Tensor, teacher_logits: Tensor)
     raise RuntimeError(f"backend={backend!r} cannot run: {why_not}; use backend='auto' or 'eager'")
 
 
+def _native_words(student_logits: Tensor, teacher_logits: Tensor) -> str:
+    if student_logits.device.type == "cuda":
+        from .cuda import plan_for  # which needs the extension
+
+        return f"CUDA kernels, {plan_for(student_logits, teacher_logits)}"
+    return f"C++ kernels, {ops.cpu_isa()} on the CPU: one read of the logits, gradient in the same pass"
+
+
 def explain(student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "auto") -> Explanation:
     """Which backend :func:`fastkd.kd_loss` would use for these logits, and why not the others.
 
@@ -157,7 +168,7 @@ def explain(student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "a
     chosen, _ = _choose(backend, student_logits, teacher_logits)
     why_not = _why_not(student_logits, teacher_logits)
     can = {
-        "native": f"C++ kernels, {ops.cpu_isa()} on the CPU: one read of the logits, gradient in the same pass",
+        "native": why_not["native"] or _native_words(student_logits, teacher_logits),
         "triton": "Triton kernels: the gradient in forward, one program a row or several; compiled at first use",
         "eager": "torch operations and autograd: any device, any dtype up to float64, some 20 N x V tensors of traffic",
     }
@@ -170,6 +181,18 @@ def explain(student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "a
     return Explanation(chosen, reasons)
 
 
+def _cuda_built() -> str:
+    """Whether the extension has CUDA kernels, and whether anything runs them here."""
+    architectures = ops.cuda_architectures()
+    if not architectures:
+        return "no CUDA kernels: no CUDA toolkit was found when it was built (FASTKD_CUDA=1 insists on one)"
+    if torch.cuda.is_available():
+        state = f"{torch.cuda.device_count()} device(s) here"
+    else:
+        state = "no CUDA device or driver here" if torch.version.cuda else "this PyTorch was built without CUDA"
+    return f"CUDA kernels for sm_{architectures.replace(', ', ', sm_')}; {state}"
+
+
 def backends() -> Explanation:
     """What is built on this machine: each backend with its devices, instruction sets, or the reason it is missing."""
     why_not = ops.load_error or ops.isa_error
@@ -179,7 +202,7 @@ def backends() -> Explanation:
         available = ", ".join(ops.cpu_isas())
         native = (
             f"{', '.join(ops.native_devices())}; instruction set {ops.cpu_isa()} (this machine runs: {available}; "
-            "FASTKD_CPU_ISA forces one)"
+            f"FASTKD_CPU_ISA forces one); {_cuda_built()}"
         )
     missing = _triton_is_missing()
     triton = f"not available: {missing}" if missing else f"{', '.join(_TRITON_DEVICES)} (CUDA, ROCm, Intel)"

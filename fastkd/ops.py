@@ -30,7 +30,14 @@ except ImportError as error:
 
 def native_devices() -> tuple[str, ...]:
     """Device types that the extension was built for."""
-    return () if load_error else ("cpu",)
+    if load_error:
+        return ()
+    return ("cpu", "cuda") if cuda_architectures() else ("cpu",)
+
+
+def cuda_architectures() -> str:
+    """What the CUDA kernels were compiled for, such as "80, 90a"; "" where they were not built."""
+    return _C.cuda_architectures()
 
 
 def cpu_isa() -> str:

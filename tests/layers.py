@@ -31,7 +31,7 @@ CORE_ORDER = (
     {"_C"},
     {"checks", "divergence", "products", "stats"},
     {"linear_checks", "options", "topk"},
-    {"eager", "ops", "sparse_checks"},
+    {"cuda", "eager", "ops", "sparse_checks"},
     {"triton"},
     {"sparse_eager", "sparse_ops"},
     {"backends", "linear_chunks"},

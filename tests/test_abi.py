@@ -77,7 +77,8 @@ def test_only_the_limited_python_api() -> None:
     """Names that the abi3 of Python 3.10 has; private ones start with an underscore."""
     python = {s for s in undefined_symbols(extension()) if s.startswith(("Py", "_Py"))}
     assert python == {
-        "PyErr_SetString", "PyExc_ValueError", "PyLong_FromSize_t", "PyModule_Create2", "PyUnicode_FromString"
+        "PyArg_ParseTuple", "PyErr_SetString", "PyExc_ValueError", "PyLong_FromSize_t", "PyModule_Create2",
+        "PyUnicode_FromString",
     }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=tree,
-        env={**os.environ, **environment},
+        env={**os.environ, "FASTKD_CUDA": "0", **environment},
         capture_output=True,
         text=True,
     )

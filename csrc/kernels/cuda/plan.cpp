@@ -13,7 +13,7 @@ constexpr int64_t kWarpColumns = 1024;  // up to here one warp a row
 constexpr int kReserved = 1024;      // bytes of a multiprocessor's shared memory that each block costs besides its own
 constexpr int kThreadsWanted = 768;  // a multiprocessor's resident threads, over its blocks
 constexpr int kLeastThreads = 128;
-constexpr int kStreamChunks = 4;  // chunks that a streaming thread should have at least
+constexpr int kStreamChunks = 2;  // chunks that a streaming thread should have at least
 constexpr int kMostSplits = 256;
 constexpr int kWaves = 2;  // blocks a multiprocessor that a streaming grid should at least have
 
