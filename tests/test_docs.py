@@ -14,7 +14,7 @@ from fastkd.cli import DELEGATED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = {"backends", "explain", *DELEGATED}
+COMMANDS = {"backends", "bench", "demo", "distill", "explain", "plan"}
 
 
 def python_blocks(text: str) -> list[str]:
