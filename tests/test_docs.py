@@ -14,7 +14,7 @@ from fastkd.cli import DELEGATED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = {"backends", "bench", "demo", "distill", "explain", "plan"}
+COMMANDS = {"backends", "explain", "plan", *DELEGATED}
 
 
 def python_blocks(text: str) -> list[str]:
