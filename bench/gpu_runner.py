@@ -153,7 +153,7 @@ def run_command(command: Sequence[str], seconds: float, **extra: str) -> tuple[i
     """
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(**extra), start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=max(0.1, seconds))
@@ -171,8 +171,8 @@ def kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, 9)
 
 
-def _lines(process: subprocess.Popen, stall: float, deadline: float) -> Iterator[str | None]:
-    """Lines of its output; None where it was silent for ``stall`` seconds. Ends with the output or the deadline."""
+def _lines(process: subprocess.Popen, stall: float, left_of: Callable[[], float]) -> Iterator[str | None]:
+    """Lines of its output; None where it was silent for ``stall`` seconds. Ends with the output or the time."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -182,7 +182,7 @@ def _lines(process: subprocess.Popen, stall: float, deadline: float) -> Iterator
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    while (left := deadline - time.monotonic()) > 0:
+    while (left := left_of()) > 0:
         try:
             line = lines.get(timeout=min(stall, left))
         except queue.Empty:
@@ -206,7 +206,7 @@ def _one_worker(context: Context, command: Sequence[str], stall: float, extra: d
         assert process.stdin is not None
         process.stdin.write(done + "\n")
         process.stdin.close()
-        for line in _lines(process, stall, context.deadline):
+        for line in _lines(process, stall, context.left):
             if line is None:
                 why = f"nothing for {stall:.0f} s"
                 break

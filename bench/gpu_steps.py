@@ -159,6 +159,6 @@ _TABLE: tuple[tuple[str, float, str, Callable[[Context], str], Callable[[State],
     ("correctness", 90, "each divergence, dtype and kernel variant against eager in fp64", correctness, stays),
     ("times", 120, "8192 rows of 32000 to 262144 columns beside copy, naive, compile, Triton", times, stays),
     ("sanitizer", 60, "compute-sanitizer: memcheck, racecheck, synccheck on a small matrix", sanitizer, stays),
-    ("tests", 60, "the table of cases on the device: tests/test_cuda_device.py", tests, stays),
+    ("tests", 150, "the table of cases on the device: tests/test_cuda_device.py", tests, stays),
 )
 STEPS = [Step(name, seconds, what, run, holds) for name, seconds, what, run, holds in _TABLE]

@@ -17,16 +17,18 @@ from test_loss import problem_of  # noqa: E402
 
 from fastkd import ops  # noqa: E402
 
-WIDE = 40000  # columns; beyond, the reference takes a second a case, and three divergences are enough
+WIDE = 40000  # columns; beyond, the reference takes a second a case
+# Every case, with every other divergence in turn: the reference on the CPU takes nearly all of the time.
 TABLE = [
     (index, divergence)
     for index, case in enumerate(CASES)
-    for divergence in (DIVERGENCES if case.vocab < WIDE else ("forward_kl", "jsd", "total_variation"))
+    for place, divergence in enumerate(DIVERGENCES)
+    if (index + place) % (2 if case.vocab < WIDE else 4) == 0
 ]
 FEW = [
     (index, divergence)
     for place, (index, divergence) in enumerate(TABLE)
-    if place % 9 == 0 and CASES[index].vocab < WIDE  # Triton compiles for each kind of call
+    if place % 6 == 0 and CASES[index].vocab < WIDE  # Triton compiles for each kind of call
 ]
 
 
@@ -50,10 +52,10 @@ def native_on(device: torch.device) -> torch.device:
 
 @pytest.mark.parametrize("chosen", TABLE, ids=_name)
 def test_native(chosen: tuple[int, str], native_on: torch.device) -> None:
-    """Every option at once; in place too where the layout allows it, alternating to save time."""
+    """Every option at once; in place too where the layout allows it, in half of the tests."""
     index, divergence = chosen
     problem = problem_of(index, divergence, True)
-    inplace = LAYOUTS[CASES[index].layout].inplace and (index + DIVERGENCES.index(divergence)) % 2 == 1
+    inplace = LAYOUTS[CASES[index].layout].inplace and (index + DIVERGENCES.index(divergence)) % 4 == 0
     problem.check(run_on(problem, native_on, backend="native", inplace=inplace))
     if index % 4 == 0:
         alone = problem_of(index, divergence, False)

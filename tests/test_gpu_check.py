@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -103,30 +104,49 @@ class TestRunner:
         assert state.step("late")["status"] == "not begun"
 
     def test_a_command_beyond_its_budget_is_cut_off_with_its_children(self, tmp_path: Path) -> None:
-        child = "import time; time.sleep(4); open('alive', 'w')".replace("alive", str(tmp_path / "alive"))
         parent = (
-            f"import subprocess, sys; print('compiling', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+            "import subprocess, sys; print('compiling', flush=True);"
+            "subprocess.run([sys.executable, '-c', 'import time; time.sleep(100)'])"
         )
-        step = Step("slow", 2.5, "", lambda c: str(run_command([sys.executable, "-c", parent], c.left())))
+        step = Step("slow", 8, "", lambda c: str(run_command([sys.executable, "-c", parent], c.left())))
         state = _run([step, Step("next", 9, "", lambda c: "")], tmp_path)
         assert state.step("slow")["status"] == "cut off" and "compiling" in state.step("slow")["note"]
         assert state.step("next")["status"] == "done"
-        time.sleep(2.5)
-        assert not (tmp_path / "alive").exists()
+        assert state.step("slow")["seconds"] < 60  # a child that lives on would hold its output open for 100 s
+
+    def test_a_worker_alone_is_told_of_nothing_done(self) -> None:
+        """As the sanitizers run it: whatever lies on the caller's own standard input is not its list of keys."""
+        text = f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r}); import gpu_worker; "
+        text += "gpu_worker.work([('a', dict), ('b', lambda: 1 / 0)])"
+        reader, writer = os.pipe()
+        os.write(writer, b'["a"]\n')
+        inherited = os.dup(0)
+        os.dup2(reader, 0)
+        try:
+            code, output = run_command([sys.executable, "-c", text], 30)
+        finally:
+            os.dup2(inherited, 0)
+            os.close(inherited)
+            os.close(reader)
+            os.close(writer)
+        rows = [json.loads(line) for line in output.splitlines()]
+        assert code == 0 and [row.get("ok") for row in rows] == [None, True, None, False]
+        assert "ZeroDivisionError" in rows[3]["error"]
 
     def test_a_worker_that_dies_or_hangs_is_restarted_behind_that_key(self, tmp_path: Path) -> None:
-        context = _context(tmp_path, 60)
-        run_worker(context, _script(tmp_path, WORKER), stall=3)
+        context = _context(tmp_path, 300)
+        run_worker(context, _script(tmp_path, WORKER), stall=10)
         rows = State(tmp_path, "source").rows("step")  # from the file
         assert list(rows) == ["a", "b", "c", "d"]
         assert [row["ok"] for row in rows.values()] == [True, False, False, True]
         assert "exit 7" in rows["b"]["error"] and "the device says no" in rows["b"]["error"]
-        assert "nothing for 3 s" in rows["c"]["error"]
+        assert "nothing for 10 s" in rows["c"]["error"]
         assert rows["a"]["from"] != rows["d"]["from"]
 
     def test_a_worker_beyond_the_budget_leaves_its_rows(self, tmp_path: Path) -> None:
-        context = _context(tmp_path, 3)
+        context = _context(tmp_path, 100)
         context.add("b", {"ok": True})
+        context.on_row = lambda: setattr(context, "deadline", time.monotonic() + 3)  # little is left behind "a"
         with pytest.raises(CutOff, match="at c"):
             run_worker(context, _script(tmp_path, WORKER), stall=30)
         assert list(State(tmp_path, "source").rows("step")) == ["b", "a"]
@@ -260,7 +280,8 @@ class TestCommand:
         done = self._gpu_check("--list")
         steps = [line.split()[0] for line in done.stdout.splitlines()]
         assert done.returncode == 0 and steps == ["facts", "build", "correctness", "times", "sanitizer", "tests"]
-        assert sum(int(line.split()[1]) for line in done.stdout.splitlines()) <= 480
+        budgets = [int(line.split()[1]) for line in done.stdout.splitlines()]
+        assert sum(budgets[:-1]) <= 410  # the last one takes what is left of the 470
         assert "torch" not in done.stderr
 
     def test_without_a_gpu(self, tmp_path: Path) -> None:
