@@ -28,9 +28,11 @@ class Run(NamedTuple):
 
     arguments: tuple[str, ...]
     passed: int
+    compiled_for: str = ""
 
 
 PLUGIN = ("-p", "triton_plugin")
+DRIVER = ("-p", "triton_driver")
 RUNS = {
     "table, blocks as shipped": Run(
         (*PLUGIN, "--half", "0", "test_loss.py", "-k", "test_native and not inplace and everything"), 270
@@ -39,11 +41,15 @@ RUNS = {
         (*PLUGIN, "--small-blocks", "--half", "1", "test_loss.py", "-k",
          "test_native_inplace and everything and not 128256 and not 151936 and not 262144"), 230,
     ),
-    "options": Run((*PLUGIN, "test_loss_options.py", "-k", "native and not across_chunks and not bf16"), 230),
+    "options": Run((*PLUGIN, "test_loss_options.py", "-k", "native and not across_chunks and not bf16"), 190),
     "options, small blocks": Run((*PLUGIN, "--small-blocks", "test_loss_options.py", "-k", "across_chunks"), 190),
     "autograd": Run(
         (*PLUGIN, "--small-blocks", "test_loss_autograd.py", "-k", "not small_fp16 and not gradcheck and not eager"), 40
     ),
+    "what Triton's kernels alone promise": Run((*PLUGIN, "triton_interpreted.py"), 50),
+    "planted bugs": Run((*PLUGIN, "--small-blocks", "triton_mutants.py"), 20),
+    "compiled for sm_80 and sm_90": Run((*DRIVER, "triton_compiled.py"), 180, "sm_80,sm_90"),
+    "compiled for sm_100 and gfx942": Run((*DRIVER, "triton_compiled.py"), 180, "sm_100,gfx942"),
     "operators": Run((*PLUGIN, "test_ops.py", "-k", "not eager"), 40),
 }  # fmt: skip
 
@@ -51,6 +57,7 @@ RUNS = {
 def _pytest(run: Run) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *run.arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"}
+    environment["FASTKD_TRITON_TARGETS"] = run.compiled_for
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=SECONDS)
     return done.returncode, done.stdout + done.stderr
 

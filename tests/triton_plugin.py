@@ -42,10 +42,10 @@ def _cast_like_the_hardware(self: InterpreterBuilder, src: TensorHandle, dst_typ
     return _cast(self, src, dst_type)
 
 
-def sweep_in_small_blocks() -> None:
-    """Several blocks, pieces and programs even for rows that would stay in registers."""
-    launch.MAX_RESIDENT.update({2: 0, 4: 0})
-    launch.SWEEP_BLOCKS.update({2: launch.Block(64, 8, 2), 4: launch.Block(64, 4, 2)})
+def sweep_in_small_blocks(host=launch) -> None:
+    """Several blocks, pieces and programs even for rows that would stay in registers. host: launch.py or a copy."""
+    host.MAX_RESIDENT.update({2: 0, 4: 0})
+    host.SWEEP_BLOCKS.update({2: host.Block(64, 8, 2), 4: host.Block(64, 4, 2)})
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -85,9 +85,18 @@ def _compile(problem: Problem) -> tuple[Tensor, Tensor | None]:
     return _backward(problem, loss)
 
 
-def _fastkd(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    loss = kd_loss(problem.student_logits, problem.teacher_logits, problem.labels, **problem.options())
-    return _backward(problem, loss)
+def _fastkd(problem: Problem, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
+    tensors = (problem.student_logits, problem.teacher_logits, problem.labels)
+    return _backward(problem, kd_loss(*tensors, backend=backend, **problem.options()))
+
+
+def _triton(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    return _fastkd(problem, backend="triton")
+
+
+def _without_triton(problem: Problem) -> str:
+    answer = fastkd.explain(problem.student_logits, problem.teacher_logits, backend="triton")
+    return "" if answer.backend == "triton" else answer.reasons["triton"]
 
 
 def _release(problem: Problem) -> None:
@@ -204,6 +213,7 @@ PROVIDERS = {
         Provider("liger", _liger, 3, missing=_needs("liger_kernel", device="cuda")),
         Provider("fastkd", _fastkd, 3),  # a fresh gradient, in the lingering memory of the one freed before
         Provider("fastkd-first", _fastkd, 3, prepare=_release),  # a fresh gradient, in memory new from the system
+        Provider("fastkd-triton", _triton, 3, missing=_without_triton),
         Provider("fastkd-inplace", _run_inplace, 3, prepare=_refill),  # the gradient over the logits
         Provider("fastkd-value", _value, 2),  # no gradient
     )
