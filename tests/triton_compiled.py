@@ -25,10 +25,11 @@ from fastkd.triton import launch, ops
 
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WIDE, NARROW = 128256, 8192  # swept; resident, at its widest
-# Registers per thread. Sweeps: four blocks of 256 threads a multiprocessor with what training takes, two with every
-# option at once; a thread has 64 bytes of loads in flight, so that is 64 and 32 KiB. Resident: one row a block.
+WIDE, NARROW = 128256, 4096  # swept; resident, at its widest
+# Registers per thread: four blocks of 256 threads a multiprocessor with what training takes, two with every option at
+# once and where a row stays in registers.
 PLAIN, BUSY = 64, 128
+PLAIN_AMD = 72  # seven waves a SIMD
 
 
 class Resources(NamedTuple):
@@ -111,14 +112,15 @@ def _wide(loads: Counter, width: str) -> int:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_resources(divergence: str, kind: str, dtype: str, busy: bool, target: str) -> None:
     """No spill, registers as stated, and every load and store of a row 16 bytes wide."""
-    columns = WIDE if kind == "swept" else NARROW // (launch.BUSY_SHARE if busy else 1)
+    columns = WIDE if kind == "swept" else NARROW
     over_rows = [x for x in _loss(divergence, DTYPES[dtype], columns, busy=busy) if x.programs > 1]
     assert {x.name == "resident_kernel" for x in over_rows} == {kind == "resident"}
     for x in over_rows:
         found = resources_of(x.compiled)
         name = f"{x.name} {divergence} {dtype} {target}: {found}"
         assert found.spilled == 0, name
-        assert found.registers <= (PLAIN if x.name != "resident_kernel" and not busy else BUSY), name
+        plain = PLAIN_AMD if target.startswith("gfx") else PLAIN
+        assert found.registers <= (plain if x.name != "resident_kernel" and not busy else BUSY), name
         block = launch.Block(x.constants["LANES"], x.constants["VECTOR"], x.constants["num_warps"])
         width = "dwordx4" if target.startswith("gfx") else ".128"
         threads = block.warps * (64 if target.startswith("gfx") else 32)

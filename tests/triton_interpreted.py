@@ -139,8 +139,9 @@ class TestTraffic:
         student, teacher, labels = _rows(rows, vocab)
         with counting() as count:
             fastkd.kd_loss(student.requires_grad_(), teacher, labels, divergence=divergence, **OPTIONS)
-        # a quarter more for the three that rebase the sums of a lane's 4 fp32 neighbours; bf16 has 8
-        assert count.exps / padded == pytest.approx(exps + 3 / 4 - 3 / 8, abs=0.2)
+        # Three rebase the sums of a lane, once per 4 fp32 neighbours where bf16 has 8, and once more at the end.
+        times = 2 if vocab == NARROW else 1
+        assert count.exps / padded == pytest.approx(exps + times * (3 / 4 - 3 / 8), abs=0.2)
         assert count.logs / padded == pytest.approx(logs, abs=0.05)
 
 
@@ -208,7 +209,7 @@ def test_small_fp16_gradients_survive_a_loss_scale() -> None:
     """(q - p) / N of 4096 tokens underflows in fp16; with a GradScaler's 65536 it must come out, not 0."""
     items, scale = 4096, 65536.0
     student, _, _ = _rows(8, 64)
-    leaf = student.to(FP16).requires_grad_()
+    leaf = (student / 3).to(FP16).requires_grad_()
     teacher = (leaf.detach().float() + 0.05 * torch.randn(8, 64)).to(FP16)
     (scale * fastkd.kd_loss(leaf, teacher, num_items_in_batch=items, backend="triton")).backward()
     p, q = teacher.double().softmax(-1), leaf.detach().double().softmax(-1)

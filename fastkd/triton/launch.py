@@ -124,22 +124,22 @@ def rows_or_copy(x: Tensor) -> Rows:
 
 # --- the shape of a launch: pure functions --------------------------------------------------------------------------
 
-# bytes of a student's logit -> block of the sweeps: two 16-byte loads of each model in flight per thread
-SWEEP_BLOCKS = {2: Block(lanes=512, vector=8, warps=8), 4: Block(lanes=512, vector=4, warps=8)}
-MAX_RESIDENT = {2: 8192, 4: 8192}  # columns of a row that stays in registers without a spill
-BUSY_SHARE = 2  # with statistics or softcaps, which take registers of their own, only rows of half as many
-RESIDENT_LOADS = 2  # 16-byte loads of each model per thread, at least
+# Bytes of a student's logit -> block of the sweeps: 8 columns a thread, 16 or 32 bytes of each model in flight. Twice
+# as many spill on some architectures.
+SWEEP_BLOCKS = {2: Block(lanes=256, vector=8, warps=8), 4: Block(lanes=512, vector=4, warps=8)}
+MAX_RESIDENT = {2: 4096, 4: 4096}  # columns of a row that stays in registers without a spill
+RESIDENT_COLUMNS = 8  # per thread
 MAX_RESIDENT_WARPS = 16
 PROGRAMS_PER_PROCESSOR = 8  # below this many, rows are split
 
 
-def resident_block(columns: int, item_size: int, busy: bool = False) -> Block | None:
+def resident_block(columns: int, item_size: int) -> Block | None:
     """The block that holds a whole row of so many columns; None where it has to be swept."""
-    if columns * (BUSY_SHARE if busy else 1) > MAX_RESIDENT[item_size]:
+    if columns > MAX_RESIDENT[item_size]:
         return None
     vector = 16 // item_size
     lanes = max(32, 1 << max(0, -(-columns // vector) - 1).bit_length())
-    return Block(lanes, vector, min(MAX_RESIDENT_WARPS, max(1, lanes // (32 * RESIDENT_LOADS))))
+    return Block(lanes, vector, min(MAX_RESIDENT_WARPS, max(1, lanes * vector // (32 * RESIDENT_COLUMNS))))
 
 
 def split_rows(rows: int, columns: int, block: Block, processors: int) -> Split:
@@ -238,7 +238,7 @@ def run_loss(call: Call) -> Outputs:
         )  # fmt: skip
         if call.rows > 0:
             widest = call.columns if call.gradient is None else call.gradient_columns
-            block = resident_block(widest, student.element_size(), call.with_stats or call.capped)
+            block = resident_block(widest, student.element_size())
             given = stats if call.with_stats else None
             if block is None:
                 _sweep(call, row_loss, given, scales)
