@@ -124,8 +124,8 @@ class TestTraffic:
         [
             ("forward_kl", WIDE, 6.4, 0),
             ("jsd", WIDE, 10.4, 2),
-            ("forward_kl", NARROW, 6.4, 0),
-            ("jsd", NARROW, 10.4, 2),
+            ("forward_kl", NARROW, 6.8, 0),
+            ("jsd", NARROW, 10.8, 2),
         ],
     )
     def test_exponentials(
@@ -141,7 +141,7 @@ class TestTraffic:
             fastkd.kd_loss(student.requires_grad_(), teacher, labels, divergence=divergence, **OPTIONS)
         # Three rebase the sums of a lane, once per 4 fp32 neighbours where bf16 has 8, and once more at the end.
         times = 2 if vocab == NARROW else 1
-        assert count.exps / padded == pytest.approx(exps + times * (3 / 4 - 3 / 8), abs=0.2)
+        assert count.exps / padded == pytest.approx(exps + times * (3 / 4 - 3 / 8), abs=0.1)
         assert count.logs / padded == pytest.approx(logs, abs=0.05)
 
 
