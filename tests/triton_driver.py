@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fastkd.triton import launch
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -67,11 +69,10 @@ def compile_for(name: str) -> None:
     """From now on everything that is launched is compiled for this target and recorded in `launches`."""
     JITFunction.run = _compile_only
     driver.set_active(StubDriver(TARGETS[name]))
+    launch.threads_per_warp = lambda device: TARGETS[name].warp_size
     launches.clear()
 
 
 def pytest_configure() -> None:
-    from fastkd.triton import launch
-
     assert not launch.INTERPRETED and isinstance(launch.kernels.sums_kernel, triton.JITFunction)
     compile_for("sm_90")

@@ -45,7 +45,7 @@ def _cast_like_the_hardware(self: InterpreterBuilder, src: TensorHandle, dst_typ
 def sweep_in_small_blocks(host=launch) -> None:
     """Several blocks, pieces and programs even for rows that would stay in registers. host: launch.py or a copy."""
     host.MAX_RESIDENT.update({2: 0, 4: 0})
-    host.SWEEP_BLOCKS.update({2: host.Block(64, 8, 2), 4: host.Block(64, 4, 2)})
+    host.SWEEP_BLOCKS.update({2: host.Block(64, 8, 64), 4: host.Block(64, 4, 64)})
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -30,11 +30,11 @@ class Rows(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Columns that a program takes at a time, as lanes of `vector` neighbours, and the warps that do it."""
+    """Columns that a program takes at a time, as lanes of `vector` neighbours, and the threads that do it."""
 
     lanes: int
     vector: int
-    warps: int
+    threads: int
 
     @property
     def columns(self) -> int:
@@ -126,10 +126,10 @@ def rows_or_copy(x: Tensor) -> Rows:
 
 # Bytes of a student's logit -> block of the sweeps: 8 columns a thread, 16 or 32 bytes of each model in flight. Twice
 # as many spill on some architectures.
-SWEEP_BLOCKS = {2: Block(lanes=256, vector=8, warps=8), 4: Block(lanes=512, vector=4, warps=8)}
+SWEEP_BLOCKS = {2: Block(lanes=256, vector=8, threads=256), 4: Block(lanes=512, vector=4, threads=256)}
 MAX_RESIDENT = {2: 4096, 4: 4096}  # columns of a row that stays in registers without a spill
 RESIDENT_COLUMNS = 8  # per thread
-MAX_RESIDENT_WARPS = 16
+MAX_RESIDENT_THREADS = 512
 PROGRAMS_PER_PROCESSOR = 8  # below this many, rows are split
 
 
@@ -139,7 +139,7 @@ def resident_block(columns: int, item_size: int) -> Block | None:
         return None
     vector = 16 // item_size
     lanes = max(32, 1 << max(0, -(-columns // vector) - 1).bit_length())
-    return Block(lanes, vector, min(MAX_RESIDENT_WARPS, max(1, lanes * vector // (32 * RESIDENT_COLUMNS))))
+    return Block(lanes, vector, min(MAX_RESIDENT_THREADS, max(32, lanes * vector // RESIDENT_COLUMNS)))
 
 
 def split_rows(rows: int, columns: int, block: Block, processors: int) -> Split:
@@ -156,6 +156,19 @@ def processors_of(device: torch.device) -> int:
         return 1
     properties = torch.get_device_module(device).get_device_properties(device)
     return getattr(properties, "multi_processor_count", 0) or getattr(properties, "max_compute_units", 64)
+
+
+@functools.cache
+def threads_per_warp(device: torch.device) -> int:
+    """64 where a wavefront of AMD's data-centre GPUs is the warp."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return 32
+    return getattr(torch.cuda.get_device_properties(device), "warp_size", 64)
+
+
+def _shape_of(block: Block, device: torch.device) -> dict[str, int]:
+    warps = max(1, block.threads // threads_per_warp(device))
+    return {"LANES": block.lanes, "VECTOR": block.vector, "num_warps": warps}
 
 
 # --- launches -------------------------------------------------------------------------------------------------------
@@ -182,7 +195,7 @@ def _sweep(call: Call, row_loss: Tensor, stats: Tensor | None, scales: Tensor) -
     processors = processors_of(student.device)
     split = split_rows(call.rows, call.columns, block, processors)
     programs = (call.rows * split.splits,)
-    shape = {"LANES": block.lanes, "VECTOR": block.vector, "num_warps": block.warps}
+    shape = _shape_of(block, student.device)
     inputs = (*call.student, *call.teacher)
     softening = (o.temperature, o.student_softcap, o.teacher_softcap)
     buffer = student.new_empty((call.rows, split.splits, pieces.FIELDS.value), dtype=torch.float32)
@@ -216,7 +229,7 @@ def _stay(call: Call, block: Block, row_loss: Tensor, stats: Tensor | None, scal
         *call.student, *call.teacher, *_flat(call.gradient), call.columns, call.gradient_columns, scales, row_loss,
         stats, call.labels, call.weights, call.temperatures, call.rows, call.ignore_index, o.temperature,
         o.student_softcap, o.teacher_softcap, *_options_of(call), DIVERGENCE=call.divergence, HARD=call.needs_hard,
-        CAPPED=call.capped, LANES=block.lanes, VECTOR=block.vector, num_warps=block.warps,
+        CAPPED=call.capped, **_shape_of(block, call.student.data.device),
     )  # fmt: skip
 
 
@@ -260,6 +273,5 @@ def run_rescale(source: Rows, scaled: Rows, upstream: Tensor, pending: Tensor) -
     with _on(gradient.device):
         ends.rescale_kernel[(rows * split.splits,)](
             *source, *scaled, columns, upstream, int(upstream.dim() > 0), pending, *split,
-            INPLACE=source.data.data_ptr() == scaled.data.data_ptr(), LANES=block.lanes, VECTOR=block.vector,
-            num_warps=block.warps,
+            INPLACE=source.data.data_ptr() == scaled.data.data_ptr(), **_shape_of(block, gradient.device),
         )  # fmt: skip
