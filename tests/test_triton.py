@@ -41,10 +41,14 @@ RUNS = {
         (*PLUGIN, "--small-blocks", "--half", "1", "test_loss.py", "-k",
          "test_native_inplace and everything and not 128256 and not 151936 and not 262144"), 230,
     ),
-    "options": Run((*PLUGIN, "test_loss_options.py", "-k", "native and not across_chunks and not bf16 and not fp16"), 120),
-    "options, small blocks": Run((*PLUGIN, "--small-blocks", "test_loss_options.py", "-k", "across_chunks"), 190),
+    "options": Run(
+        (*PLUGIN, "test_loss_options.py", "-k", "native and not across_chunks and not bf16 and not fp16"), 120
+    ),
+    "options, small blocks": Run(
+        (*PLUGIN, "--small-blocks", "test_loss_options.py", "-k", "across_chunks and (jsd or symmetric_kl)"), 56
+    ),
     "autograd": Run(
-        (*PLUGIN, "--small-blocks", "test_loss_autograd.py", "-k", "not small_fp16 and not gradcheck and not eager"), 40
+        (*PLUGIN, "test_loss_autograd.py", "-k", "not small_fp16 and not gradcheck and not eager"), 40
     ),
     "what Triton's kernels alone promise": Run((*PLUGIN, "triton_interpreted.py"), 50),
     "planted bugs": Run((*PLUGIN, "--small-blocks", "triton_mutants.py"), 20),

@@ -87,7 +87,7 @@ MUTANTS = {
     "the chain rule of the softcap": Mutant("kernels.py", "1.0, 1.0 - u * u)", "1.0, 1.0 - u)"),
 }  # fmt: skip
 
-_V = CHUNK // 2 + 9  # four blocks or more, the last of them nearly empty
+_V = CHUNK // 2 + 9  # two or three blocks, the last of them nearly empty
 CASES = [
     (Case("tail and splits", lead=(3,), vocab=_V, regime="late_top", temperature=3.0), "forward_kl", True),
     (Case("masked columns", lead=(3,), vocab=_V, regime="masked_teacher"), "forward_kl", True),

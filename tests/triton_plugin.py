@@ -2,7 +2,7 @@
 interpreter instead, so that the suites of the loss hold for the Triton kernels as they stand.
 
     python -m pytest -p triton_plugin tests/test_loss_options.py             rows in blocks as shipped
-    python -m pytest -p triton_plugin --small-blocks tests/test_loss.py      every row swept, in blocks of 256 or 512
+    python -m pytest -p triton_plugin --small-blocks tests/test_loss.py      every row swept, in blocks of 512 or 1024
     ... --half 0                                                             every other (case, divergence) of the table
 """
 
@@ -45,11 +45,11 @@ def _cast_like_the_hardware(self: InterpreterBuilder, src: TensorHandle, dst_typ
 def sweep_in_small_blocks(host=launch) -> None:
     """Several blocks, pieces and programs even for rows that would stay in registers. host: launch.py or a copy."""
     host.MAX_RESIDENT.update({2: 0, 4: 0})
-    host.SWEEP_BLOCKS.update({2: host.Block(64, 8, 64), 4: host.Block(64, 4, 64)})
+    host.SWEEP_BLOCKS.update({2: host.Block(128, 8, 128), 4: host.Block(128, 4, 128)})
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--small-blocks", action="store_true", help="sweep every row, in blocks of 256 or 512 columns")
+    parser.addoption("--small-blocks", action="store_true", help="sweep every row, in blocks of 512 or 1024 columns")
     parser.addoption("--half", type=int, choices=(0, 1), help="of the table, one half of (case, divergence)")
 
 
