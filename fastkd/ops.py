@@ -17,8 +17,11 @@ from .stats import KDStats
 
 load_error = ""  # why the extension is missing; "" where it loaded
 isa_error = ""  # why FASTKD_CPU_ISA cannot be honoured
+_cuda_architectures = ""  # read once: a trace cannot enter the extension
 try:
     from . import _C
+
+    _cuda_architectures = _C.cuda_architectures()
 
     try:
         _C.cpu_isa()
@@ -37,7 +40,7 @@ def native_devices() -> tuple[str, ...]:
 
 def cuda_architectures() -> str:
     """What the CUDA kernels were compiled for, such as "80, 90a"; "" where they were not built."""
-    return _C.cuda_architectures()
+    return _cuda_architectures
 
 
 def cpu_isa() -> str:
