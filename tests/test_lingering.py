@@ -17,7 +17,7 @@ from torch import Tensor
 import fastkd
 from fastkd import ops
 
-ROWS, VOCAB = 40, 32768  # 5 MiB of fp32: above what lingers at least
+ROWS, VOCAB = 40, 32768  # 5 MiB of fp32: in huge pages
 BYTES = ROWS * VOCAB * 4
 MADV_PAGEOUT = 21  # linux/mman.h
 
@@ -110,6 +110,24 @@ def test_other_sizes() -> None:
     _gradient(*narrow)
     _assert_right(_gradient(*wide), *wide)
     assert ops.release_lingering_memory() == 4 * BYTES
+
+
+def test_a_small_gradient_lingers_beside_a_large_one() -> None:
+    small, large = _logits(1, 2), _logits(2)
+    addresses = [_gradient(*small).data_ptr(), _gradient(*large).data_ptr()]
+    for _ in range(2):
+        for problem, address in zip((small, large), addresses):
+            gradient = _gradient(*problem)
+            assert gradient.data_ptr() == address
+            _assert_right(gradient, *problem)
+            del gradient
+    assert ops.release_lingering_memory() == BYTES + 2 * VOCAB * 4
+
+
+def test_what_the_c_library_keeps_itself_does_not_linger() -> None:
+    tiny, teacher = torch.randn(1, VOCAB - 1025, requires_grad=True), torch.randn(1, VOCAB - 1025)
+    _gradient(tiny, teacher)
+    assert ops.release_lingering_memory() == 0
 
 
 def test_ignored_rows_and_columns_beyond_the_vocabulary_are_zeroed_again() -> None:

@@ -1,4 +1,4 @@
-// See gradient_memory.h. One atomic pointer is all the state: no lock that a fork could leave taken, nothing to destroy
+// See gradient_memory.h. Atomic pointers are all the state: no lock that a fork could leave taken, nothing to destroy
 // before the last tensor.
 #include "gradient_memory.h"
 
@@ -18,9 +18,11 @@ namespace {
 
 constexpr size_t kHugePage = size_t{1} << 21, kPage = 4096;
 constexpr long long kDefaultLimit = 1LL << 30;
-constexpr size_t kSmallest = kHugePage;  // below, the C library keeps freed memory itself
+constexpr size_t kSmallest = size_t{1} << 17;  // below, the C library keeps freed memory itself
 
-std::atomic<GradientMemory*> lingering{nullptr};
+// One of less than a huge page, one of more: a small loss beside a large one does not push out what lingers of it.
+std::atomic<GradientMemory*> lingering[2];
+std::atomic<GradientMemory*>& lingering_like(size_t capacity) { return lingering[capacity >= kHugePage]; }
 
 struct Limit {
   long long bytes = kDefaultLimit;
@@ -45,18 +47,18 @@ void unmap(GradientMemory* memory) {
   delete memory;
 }
 
-// Maps whole pages from a huge page's border on, and advises huge pages for those that are filled.
+// Maps whole pages, large memory from a huge page's border on, and advises huge pages for those that are filled.
 void* map_aligned(size_t capacity) {
-  const size_t mapped = capacity + kHugePage;
+  const size_t border = capacity >= kHugePage ? kHugePage : kPage, mapped = capacity + border - kPage;
   void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return nullptr;
   const auto begin = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t aligned = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t aligned = (begin + border - 1) / border * border;
   if (aligned > begin) munmap(memory, aligned - begin);
   const uintptr_t end = aligned + capacity;
   if (begin + mapped > end) munmap(reinterpret_cast<void*>(end), begin + mapped - end);
   void* data = reinterpret_cast<void*>(aligned);
-  madvise(data, capacity / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: failure is harmless
+  if (capacity >= kHugePage) madvise(data, capacity / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: may fail
   return data;
 }
 
@@ -74,12 +76,12 @@ long long linger_limit(const char** error) {
 
 GradientMemory* take_gradient_memory(size_t bytes, long long limit) {
   if (bytes < kSmallest || limit < 0 || bytes > static_cast<size_t>(limit)) return nullptr;
-  if (GradientMemory* kept = lingering.exchange(nullptr)) {
+  const size_t capacity = (bytes + kPage - 1) / kPage * kPage;
+  if (GradientMemory* kept = lingering_like(capacity).exchange(nullptr)) {
     // much larger memory would hold on to pages that nobody uses
     if (kept->capacity >= bytes && kept->capacity / 2 <= bytes) return kept;
     unmap(kept);
   }
-  const size_t capacity = (bytes + kPage - 1) / kPage * kPage;
   void* data = map_aligned(capacity);
   if (!data) return nullptr;
   auto* memory = new (std::nothrow) GradientMemory{data, capacity, static_cast<size_t>(limit)};
@@ -92,14 +94,17 @@ void free_gradient_memory(GradientMemory* memory) {
   if (memory->capacity > memory->max_linger || madvise(memory->data, memory->capacity, MADV_FREE) != 0) {
     return unmap(memory);
   }
-  if (GradientMemory* other = lingering.exchange(memory)) unmap(other);
+  if (GradientMemory* other = lingering_like(memory->capacity).exchange(memory)) unmap(other);
 }
 
 size_t release_lingering_memory() {
-  GradientMemory* kept = lingering.exchange(nullptr);
-  if (!kept) return 0;
-  const size_t bytes = kept->capacity;
-  unmap(kept);
+  size_t bytes = 0;
+  for (auto& slot : lingering) {
+    if (GradientMemory* kept = slot.exchange(nullptr)) {
+      bytes += kept->capacity;
+      unmap(kept);
+    }
+  }
   return bytes;
 }
 

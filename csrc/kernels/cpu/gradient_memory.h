@@ -1,6 +1,6 @@
-// Memory of large fresh gradients, which lingers for the next call after it is freed: what the system takes to map and
-// zero as much again is about half of the time of a call. One gradient's memory at most lingers, and the system may
-// take its pages back at any moment.
+// Memory of fresh gradients, which lingers for the next call after it is freed: what the system takes to map and zero
+// as much again is about half of the time of a call. One small gradient's memory and one large one's at most linger,
+// and the system may take their pages back at any moment.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 namespace fastkd {
 
 struct GradientMemory {
-  void* data;         // aligned to huge pages
+  void* data;         // aligned to pages, from a huge page on to huge pages
   size_t capacity;    // bytes
   size_t max_linger;  // bytes that may linger when this is freed
 };
