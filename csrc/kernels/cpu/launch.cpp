@@ -18,6 +18,7 @@ constexpr int64_t kAlignment = 64;  // bytes: one cache line, one AVX-512 vector
 constexpr int64_t kHugePage = int64_t{1} << 21;
 constexpr int64_t kSerialColumns = 16384;  // work below which waking a second thread costs more than it saves
 constexpr int64_t kSharedRowCost = 12;     // blocks that one thread does while a shared row's steps synchronise
+constexpr int64_t kLongPart = 192;         // blocks of a shared row's part that miss so much less than a whole row's
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -110,7 +111,7 @@ bool rows_are_shared(const LossParams& p, int threads) {
   const int64_t blocks = blocks_of(p.columns);
   const int64_t own = divide_up(p.rows, threads) * blocks;
   const int64_t shared = p.rows * (divide_up(blocks, threads) + kSharedRowCost);
-  return shared < own;
+  return shared < own || (p.gradient.data && blocks >= kLongPart * threads);
 }
 
 namespace {

@@ -58,9 +58,9 @@ struct RowJob {
   Hard gradient_hard() const { return options.ce_weight != 0 ? hard : Hard::none; }
 
   // The student's exponentials wait in the gradient's own memory where they fit: fewer lines in the cache.
+  bool exp_s_is_gradient(int64_t block) const { return exp_in_gradient && columns_of(block) % kLanes == 0; }
   float* exp_s_at(int64_t block) const {
-    const bool whole = columns_of(block) % kLanes == 0;
-    return whole && exp_in_gradient ? reinterpret_cast<float*>(gradient_at(block)) : scratch.exp_s + block * kBlock;
+    return exp_s_is_gradient(block) ? reinterpret_cast<float*>(gradient_at(block)) : scratch.exp_s + block * kBlock;
   }
   BlockView view(int64_t block) const {
     const int64_t at = block * kBlock;
@@ -182,6 +182,7 @@ FASTKD_FN void fetch_for_last_step(const RowJob& job, int64_t next, BlockView& v
     view.next_t = stream(job.teacher_at(next), job.params.teacher.dtype);
   }
   view.next_d = stream(job.gradient_at(next), job.params.gradient.dtype);
+  if (view.next_d.next == view.next_s.next) view.next_d = {view.next_d.next, 0};  // once is enough
 }
 
 // The same from logits that are n (padded) columns of one dtype, without a softcap.
@@ -227,13 +228,15 @@ void sweep_gradient(const RowJob& job, int64_t block, const BlockView& view, flo
 void last_step(RowJob& job, int64_t begin, int64_t end) {
   const LossParams& p = job.params;
   const int64_t label = p.needs_hard() ? p.labels[job.n] : -1;
-  float gradient[kBlock];
+  float buffer[kBlock];
   // against the direction of the step before, for the same reason as there
   const int64_t step = is_mixed_kl(job.options.divergence) ? -1 : 1;
   for (int64_t block = step > 0 ? begin : end - 1; block >= begin && block < end; block += step) {
     const int columns = job.columns_of(block);
     BlockView view = job.view(block);
     if (block + step >= begin && block + step < end) fetch_for_last_step(job, block + step, view);
+    // over its exponentials, where they wait in the gradient's memory
+    float* gradient = job.exp_s_is_gradient(block) ? view.exp_s : buffer;
     sweep_gradient(job, block, view, gradient);
     const int64_t label_at = label - block * kBlock;
     if (label_at >= 0 && label_at < columns) gradient[label_at] += job.coefficients.label;
@@ -242,7 +245,7 @@ void last_step(RowJob& job, int64_t begin, int64_t end) {
       load_block(job.student_at(block), p.student.dtype, columns, p.student_softcap, capped);
       apply_softcap_gradient(capped, view.n, p.student_softcap, gradient);
     }
-    store_block(gradient, columns, p.gradient.dtype, job.gradient_at(block));
+    if (gradient == buffer) store_block(gradient, columns, p.gradient.dtype, job.gradient_at(block));
   }
 }
 
