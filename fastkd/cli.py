@@ -11,6 +11,7 @@ from collections.abc import Sequence
 DELEGATED = {
     "bench": ("fastkd.bench", "bench", "time and memory of the loss against naive PyTorch and others"),
     "distill": ("fastkd.trainer", "trainer", "distil a teacher into a student: the reference trainer"),
+    "cache-teacher": ("fastkd.trainer.cache_teacher", "trainer", "one pass of a teacher over a data set, kept on disk"),
     "demo": ("fastkd.demo", "trainer", "distil the pretrained SmolLM2-135M and compare the students"),
 }
 

@@ -19,9 +19,14 @@ TORCH_HEADER = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
 CUDA_HEADER = re.compile(r"^(cuda|cub/|cooperative_groups|thrust/)")
 
 # outer packages of fastkd and the module that hands commands to them by name
-OUTER = {"bench", "demo", "teachers", "trainer", "integrations", "cli", "__main__"}
+OUTER = {"bench", "cache", "demo", "files", "teachers", "trainer", "integrations", "cli", "__main__"}
 # outer package -> the outer packages it may use
-OUTER_MAY_IMPORT = {"demo": {"demo", "trainer"}, "__main__": {"cli"}}
+OUTER_MAY_IMPORT = {
+    "cache": {"cache", "files"},
+    "trainer": {"trainer", "cache", "files", "teachers"},
+    "demo": {"demo", "trainer", "cache", "files"},
+    "__main__": {"cli"},
+}
 # packages that the core of fastkd may import besides the standard library
 CORE_MAY_IMPORT = {"torch", "fastkd"}
 # package of the core -> what else it may import; nothing of the core imports such a package but by name, when asked for

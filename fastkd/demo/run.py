@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import fastkd
 
-from ..trainer import files
+from .. import files
 from ..trainer.models import load_model, load_tokenizer
 from ..trainer.preflight import make_accelerator
 from .experiment import Experiment, Measured, Regime, make_splits

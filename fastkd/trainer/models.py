@@ -17,11 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-# Code, digits, other scripts, what looks like special tokens, and plain words: where tokenizers part company.
-PROBE = (
-    "The teacher and the student of this row read the same words. "
-    "def f(x):\n\treturn x ** 2  # naïve, 12 345, 你好 🙂 <|im_start|></s>\n\n    It's 3.14!"
-)
+from ..cache.fingerprint import PROBE
 
 
 def _location(argument: str, path: str) -> tuple[str, dict[str, Any]]:

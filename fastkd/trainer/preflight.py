@@ -8,22 +8,23 @@ from pathlib import Path
 from accelerate import Accelerator, PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import files, models
+from .. import files
+from . import models
 from .checkpoint import checkpoint_bytes, model_tensors
 from .config import DistillConfig, differing_settings
 from .student import choose_blocks, student_config
 from .teacher import hidden_bytes
 
 
-def make_accelerator(precision: str, device: str) -> Accelerator:
+def make_accelerator(precision: str, device: str, several: bool = False) -> Accelerator:
     """Device and precision; arguments as in the configuration.
 
     Raises:
-        ValueError: started in several processes.
+        ValueError: started in several processes, unless ``several`` are allowed.
     """
     on_cpu = device == "cpu"
     state = PartialState(cpu=on_cpu)
-    if state.num_processes > 1:
+    if state.num_processes > 1 and not several:
         raise ValueError(f"fastkd distill runs in one process; it was started in {state.num_processes}")
     precision = models.pick_precision(precision, state.device)
     return Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision)

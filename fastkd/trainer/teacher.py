@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import files
+from .. import files
 from .data import Rows
 
 SHARD_ROWS = 256

@@ -20,8 +20,8 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from .. import KDLoss
-from . import files, models, preflight
+from .. import KDLoss, files
+from . import models, preflight
 from .checkpoint import Checkpoints, load_model_tensors, model_tensors
 from .config import DistillConfig, check_config, to_yaml
 from .data import Rows, find_files, load_rows, rows_of_step, shifted_labels

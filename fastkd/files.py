@@ -24,9 +24,23 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one move."""
+    write_bytes(path, text.encode())
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file that nobody reads yet."""
+    path.write_bytes(data)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file in one move. Where the bytes cannot be written (OSError) nothing of them is left."""
     part = path.with_name(PART + path.name)
-    part.write_text(text, encoding="utf-8")
-    sync(part)
+    try:
+        put(part, data)
+        sync(part)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     os.replace(part, path)
     sync(path.parent)
 
@@ -40,7 +54,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     sync(path.parent)
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     """Create the folder ``path`` in one move: ``fill`` writes into a hidden neighbour that is then renamed.
 
     An existing folder of that name is replaced; between its removal and the rename there is a moment with neither,
