@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd.cache import CacheWriter, Head, Spec
+from fastkd.trainer.cache_teacher import main
 
 V, H, S = 50, 8, 6
 SPEC = Spec("hidden", "float16", H, V, model="m", tokenizer="t")
@@ -65,3 +66,25 @@ def write_beside(folder: str, meeting: str, others: int) -> None:
     writer = make_writer(Path(folder))
     writer.open(fill_tokenizer)
     writer.run(slowly)
+
+
+def cache_teacher_as(world: str, out: str, rank: int, port: int) -> None:
+    """The body of process ``rank`` of two that a launcher started."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    flags = ["--teacher.path", f"{world}/teacher", "--data.train", f"{world}/train.txt", "--data.eval"]
+    flags += [f"{world}/eval.txt", "--data.seq_len", "32", "--data.max_train_rows", "11", "--data.max_eval_rows", "4"]
+    flags += [
+        "--output_dir",
+        out,
+        "--shard_rows",
+        "4",
+        "--rows_per_batch",
+        "3",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
+    assert main(flags) == 0

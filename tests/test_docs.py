@@ -39,7 +39,7 @@ def test_links_resolve(name: str) -> None:
 
 
 def test_commands_exist() -> None:
-    named = set(re.findall(r"(?:^ {4}|`)fastkd ([a-z]+)\b", README, re.MULTILINE))
+    named = set(re.findall(r"(?:^ {4}|`)fastkd ([a-z-]+)\b", README, re.MULTILINE))
     assert {"bench", "distill"} <= named <= COMMANDS
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     made = set(re.findall(r"(?:^ {4}|`)make ([a-z]+)\b", README, re.MULTILINE))
@@ -65,7 +65,7 @@ def test_help(command: str, helps: dict[str, str]) -> None:
 def commands_with_flags(text: str) -> dict[str, set[str]]:
     """Command -> flags that follow it, lines that end in a backslash joined."""
     found: dict[str, set[str]] = {}
-    for command, rest in re.findall(r"fastkd ([a-z]+)\b([^`\n]*)", text.replace("\\\n", " ")):
+    for command, rest in re.findall(r"fastkd ([a-z-]+)\b([^`\n]*)", text.replace("\\\n", " ")):
         found.setdefault(command, set()).update(re.findall(r"--[a-z][a-z0-9_.-]*", rest))
     return found
 
