@@ -5,6 +5,7 @@ from .functional import kd_loss
 from .linear import linear_kd_loss
 from .linear_sparse import linear_sparse_kd_loss
 from .modules import KDLoss, LinearKDLoss
+from .shard import VocabShard
 from .sparse import SparseKDLoss, sparse_kd_loss
 from .stats import KDStats
 from .topk import TopKTeacher
@@ -16,6 +17,7 @@ __all__ = [
     "LinearKDLoss",
     "SparseKDLoss",
     "TopKTeacher",
+    "VocabShard",
     "__version__",
     "backends",
     "explain",

@@ -12,8 +12,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, ops, shard_ops
 from .options import check_backend
+from .shard import VocabShard, check_vocab_shard
 
 T = TypeVar("T")
 _TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
@@ -105,10 +106,23 @@ def _why_not_triton(student_logits: Tensor, teacher_logits: Tensor) -> str | Non
     return _why_not_these_logits(student_logits, teacher_logits) or _load_triton() or None
 
 
-def _why_not(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, str | None]:
+_REASONS = {"native": _why_not_native, "triton": _why_not_triton}  # best first
+
+
+def _why_not_one(name: str, student_logits: Tensor, teacher_logits: Tensor, sharded: bool) -> str | None:
+    """Why a backend with operators cannot take these logits, or None. sharded: they are columns of a vocabulary."""
+    why_not = _REASONS[name](student_logits, teacher_logits)
+    if why_not is None and sharded:
+        parts, device = shard_ops.registered.get(name), student_logits.device.type
+        built = parts.devices if parts is not None and parts.devices is not None else ()
+        if device not in built:
+            why_not = f"its kernels for vocab_shard are built for {', '.join(built) or 'no device'}; not for {device}"
+    return why_not
+
+
+def _why_not(student_logits: Tensor, teacher_logits: Tensor, sharded: bool) -> dict[str, str | None]:
     """Of the backends with operators, best first: why each cannot take these logits, or None."""
-    logits = (student_logits, teacher_logits)
-    return {"native": _why_not_native(*logits), "triton": _why_not_triton(*logits)}
+    return {name: _why_not_one(name, student_logits, teacher_logits, sharded) for name in _REASONS}
 
 
 def _forced_isa_is_missing(student_logits: Tensor) -> bool:
@@ -116,31 +130,34 @@ def _forced_isa_is_missing(student_logits: Tensor) -> bool:
     return bool(ops.isa_error) and student_logits.device.type == "cpu"
 
 
-def _choose(backend: str, student_logits: Tensor, teacher_logits: Tensor) -> tuple[str, str | None]:
+def _choose(
+    backend: str, student_logits: Tensor, teacher_logits: Tensor, sharded: bool = False
+) -> tuple[str, str | None]:
     """The backend that computes and None, or "" and why none may."""
     if backend == "eager":
         return "eager", None
     if backend == "triton":
-        why_not = _why_not_triton(student_logits, teacher_logits)
+        why_not = _why_not_one("triton", student_logits, teacher_logits, sharded)
         return ("triton", None) if why_not is None else ("", why_not)
-    why_not = _why_not_native(student_logits, teacher_logits)
+    why_not = _why_not_one("native", student_logits, teacher_logits, sharded)
     if why_not is None:
         return "native", None
     if backend == "native" or _forced_isa_is_missing(student_logits):
         return "", why_not
     # the interpreter is chosen by name alone: it is there to check the kernels, not to be fast
     on_device = student_logits.device.type != "cpu"
-    return ("triton" if on_device and _why_not_triton(student_logits, teacher_logits) is None else "eager"), None
+    triton = on_device and _why_not_one("triton", student_logits, teacher_logits, sharded) is None
+    return ("triton" if triton else "eager"), None
 
 
-def select_backend(backend: str, student_logits: Tensor, teacher_logits: Tensor) -> str:
-    """The backend that computes these logits.
+def select_backend(backend: str, student_logits: Tensor, teacher_logits: Tensor, sharded: bool = False) -> str:
+    """The backend that computes these logits; ``sharded``: they are a rank's columns of the vocabulary.
 
     Raises:
         RuntimeError: an explicit backend that cannot run.
         ValueError: FASTKD_CPU_ISA names an instruction set that does not run here.
     """
-    chosen, why_not = _choose(backend, student_logits, teacher_logits)
+    chosen, why_not = _choose(backend, student_logits, teacher_logits, sharded)
     if chosen:
         return chosen
     if backend != "triton" and _forced_isa_is_missing(student_logits):
@@ -156,17 +173,23 @@ def _native_words(student_logits: Tensor, teacher_logits: Tensor) -> str:
     return f"C++ kernels, {ops.cpu_isa()} on the CPU: one read of the logits, gradient in the same pass"
 
 
-def explain(student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "auto") -> Explanation:
+def explain(
+    student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "auto", vocab_shard: VocabShard | None = None
+) -> Explanation:
     """Which backend :func:`fastkd.kd_loss` would use for these logits, and why not the others.
 
-    Logits and ``backend`` as in :func:`fastkd.kd_loss`; nothing is computed. Print the result.
+    Logits, ``backend`` and ``vocab_shard`` as in :func:`fastkd.kd_loss`; nothing is computed, no other rank is asked.
+    Print the result.
 
     Raises:
         ValueError: an unknown ``backend``.
     """
     check_backend(backend)
-    chosen, _ = _choose(backend, student_logits, teacher_logits)
-    why_not = _why_not(student_logits, teacher_logits)
+    sharded = vocab_shard is not None
+    if sharded:
+        check_vocab_shard(vocab_shard)
+    chosen, _ = _choose(backend, student_logits, teacher_logits, sharded)
+    why_not = _why_not(student_logits, teacher_logits, sharded)
     can = {
         "native": why_not["native"] or _native_words(student_logits, teacher_logits),
         "triton": "Triton kernels: the gradient in forward, one program a row or several; compiled at first use",
@@ -207,4 +230,9 @@ def backends() -> Explanation:
     missing = _triton_is_missing()
     triton = f"not available: {missing}" if missing else f"{', '.join(_TRITON_DEVICES)} (CUDA, ROCm, Intel)"
     runs = "" if ops.isa_error else "eager" if ops.load_error else "native"
-    return Explanation(runs, {"native": native, "triton": triton, "eager": "any device that torch has"})
+    sharded = {name: ", ".join(parts.devices or ()) for name, parts in shard_ops.registered.items()}
+    words = {"native": native, "triton": triton, "eager": "any device that torch has"}
+    for name in words:
+        on = "any device" if name == "eager" else sharded.get(name) or "no device"
+        words[name] += f"; vocab_shard: {on}"
+    return Explanation(runs, words)

@@ -18,15 +18,16 @@ def describe(x: object) -> str:
     return type(x).__name__
 
 
-def check_logits(student_logits: Tensor, teacher_logits: Tensor, vocab: str) -> None:
-    """Logits ``(..., V)`` of both models: floating point, same leading shape and device; teacher without gradient."""
+def check_logits(student_logits: Tensor, teacher_logits: Tensor, vocab: str, least: int = 1) -> None:
+    """Logits ``(..., V)`` of both models: floating point, same leading shape and device; teacher without gradient.
+    ``least``: columns, 0 where other ranks have them."""
     for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor (..., V); got {type(x).__name__}")
         if x.dtype not in LOGIT_DTYPES and x.dtype != torch.float64:
             raise TypeError(f"{name} must be {_DTYPE_WORDS}; got {describe(x)}")
-        if x.dim() == 0 or x.shape[-1] == 0:
-            raise ValueError(f"{name} must have a last dimension V >= 1; got {describe(x)}")
+        if x.dim() == 0 or x.shape[-1] < least:
+            raise ValueError(f"{name} must have a last dimension V >= {least}; got {describe(x)}")
     if teacher_logits.requires_grad:
         raise ValueError(
             "teacher_logits must not require grad (the loss has no gradient for the teacher); "

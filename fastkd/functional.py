@@ -13,6 +13,8 @@ from .backends import select_backend
 from .eager import eager_kd_loss
 from .ops import fused_kd_loss
 from .options import Options, check_options
+from .shard import VocabShard, check_vocab_shard
+from .shard_loss import sharded_kd_loss
 from .stats import KDStats
 
 
@@ -51,6 +53,7 @@ def kd_loss(
     num_items_in_batch: int | Tensor | None = None,
     vocab: str = "error",
     inplace: bool = False,
+    vocab_shard: VocabShard | None = None,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, KDStats]:
@@ -84,6 +87,11 @@ def kd_loss(
         inplace: overwrite ``student_logits`` with its gradient instead of allocating one; nothing may read the logits
             afterwards, and what autograd saved of them before raises in backward. Ignored where no gradient is asked
             for, by the eager backend, and inside ``torch.compile``, which plans memory itself.
+        vocab_shard: :class:`fastkd.VocabShard`, this rank's columns ``[start, stop)`` of a vocabulary that the ranks of
+            a process group share: ``student_logits`` and ``teacher_logits`` hold those, and padding behind them; the
+            other arguments are the same on every rank (labels are columns of the whole vocabulary), and so are loss and
+            statistics, bit by bit. One all-gather of a few numbers a token, two for the divergences that are no
+            Kullback-Leibler divergence of the two models; none in backward.
         return_stats: also return :class:`fastkd.KDStats` from the same pass.
         backend: ``auto``, ``native``, ``triton`` or ``eager``; see :func:`fastkd.explain`.
 
@@ -93,10 +101,13 @@ def kd_loss(
         the teacher has probability makes ``forward_kl`` +inf.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or value; the message names it. Labels and
+        TypeError, ValueError: an argument of the wrong type, shape, device or value; the message names it; shards with
+            a gap or an overlap, on every rank. Labels and
             per-token temperatures are checked by value on the CPU only, so that no accelerator is waited for: there
             a wrong one makes the loss and the gradient of its row NaN.
-        RuntimeError: an explicit ``backend`` that cannot run, with the reason; a second derivative.
+        RuntimeError: an explicit ``backend`` that cannot run, with the reason; a second derivative. With
+            ``vocab_shard``, on every rank: one that has ended, that is late by more than its group's timeout, or that
+            called with other arguments (on accelerators, where no call waits for a look, NaN after the first call).
     """
     temperatures = temperature if isinstance(temperature, Tensor) else None
     options = Options(
@@ -105,7 +116,10 @@ def kd_loss(
         return_stats, backend,
     )  # fmt: skip
     _check(options)
-    checks.check_logits(student_logits, teacher_logits, vocab)
+    sharded = vocab_shard is not None
+    if sharded:
+        check_vocab_shard(vocab_shard)
+    checks.check_logits(student_logits, teacher_logits, "truncate" if sharded else vocab, 0 if sharded else 1)
     if labels is not None:
         checks.check_per_token("labels", labels, student_logits, (torch.int64,))
     elif ce_weight != 0:
@@ -117,10 +131,13 @@ def kd_loss(
     num_items = None
     if num_items_in_batch is not None:
         num_items = checks.check_num_items(num_items_in_batch, reduction, student_logits.device)
-    name = select_backend(backend, student_logits, teacher_logits)
+    name = select_backend(backend, student_logits, teacher_logits, sharded)
+    tensors = (student_logits, teacher_logits, labels, token_weights, temperatures, num_items)
+    if vocab_shard is not None:
+        loss, stats = sharded_kd_loss(name, *tensors, options, vocab_shard)
+        return loss if stats is None else (loss, stats)
     if name == "eager" and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         vocab_size = min(student_logits.shape[-1], teacher_logits.shape[-1])
         checks.check_values_on_cpu(vocab_size, labels, temperatures, ignore_index)
-    tensors = (student_logits, teacher_logits, labels, token_weights, temperatures, num_items)
     loss, stats = eager_kd_loss(*tensors, options) if name == "eager" else fused_kd_loss(name, *tensors, options)
     return loss if stats is None else (loss, stats)

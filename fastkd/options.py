@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from .divergence import SPECS, beta_is_allowed
+from .shard import VocabShard, check_vocab_shard
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -33,6 +34,7 @@ class Options(NamedTuple):
     inplace: bool = False
     return_stats: bool = False
     backend: str = "auto"
+    vocab_shard: VocabShard | None = None
 
 
 _INF = float("inf")
@@ -91,6 +93,8 @@ def check_options(options: Options) -> None:
         raise ValueError(f"beta must lie in {allowed} for divergence={options.divergence!r}; got {options.beta!r}")
     if isinstance(options.ignore_index, bool) or not isinstance(options.ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index must be an int; got {type(options.ignore_index).__name__}")
+    if options.vocab_shard is not None:
+        check_vocab_shard(options.vocab_shard)
     for name in ("scale_by_t2", "inplace", "return_stats"):
         if not isinstance(getattr(options, name), bool):
             raise TypeError(f"{name} must be a bool; got {type(getattr(options, name)).__name__}")

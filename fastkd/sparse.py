@@ -15,7 +15,7 @@ from .sparse_ops import fused_sparse_kd_loss
 from .stats import KDStats
 from .topk import TopKTeacher
 
-_NOT_OPTIONS = ("teacher_softcap", "vocab")  # of the teacher's logits, which are not here
+_NOT_OPTIONS = ("teacher_softcap", "vocab", "vocab_shard")  # of the teacher's logits, which are not here
 
 
 def select_sparse_backend(backend: str, student_logits: Tensor) -> str:

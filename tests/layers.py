@@ -34,12 +34,13 @@ ALSO_MAY_IMPORT = {"triton": {"triton"}}
 # modules of the core, lowest first: each may import from the rows above its own
 CORE_ORDER = (
     {"_C"},
-    {"checks", "divergence", "products", "stats"},
-    {"linear_checks", "options", "topk"},
-    {"cuda", "eager", "ops", "sparse_checks"},
+    {"checks", "divergence", "products", "shard", "stats"},
+    {"linear_checks", "options", "shard_exchange", "topk"},
+    {"cuda", "eager", "ops", "shard_rows", "sparse_checks"},
     {"triton"},
-    {"sparse_eager", "sparse_ops"},
-    {"backends", "linear_chunks"},
+    {"shard_eager", "sparse_eager", "sparse_ops"},
+    {"shard_ops"},
+    {"backends", "linear_chunks", "shard_loss"},
     {"functional", "linear_eager", "sparse"},
     {"linear"},
     {"linear_sparse"},

@@ -1,0 +1,151 @@
+"""Cases of the vocabulary-parallel loss: inputs, options, and how the vocabulary lies on the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from inputs import BF16, FP16, FP64, Case, Inputs, make_inputs
+from reference import DIVERGENCES
+from torch import Tensor
+
+from fastkd import VocabShard
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class ShardCase:
+    """options: of kd_loss; "temperature", "token_weights": True stands for a tensor, one value a token."""
+
+    inputs: Case
+    options: dict[str, Any]
+    plan: str = "uneven"
+    backend: str = "auto"
+    ignored: str = "some"  # "all": every label
+
+    @property
+    def name(self) -> str:
+        options = "+".join(f"{v:g}" if isinstance(v, float) else str(v) for v in self.options.values())
+        return f"{self.backend} {self.plan} {self.inputs.reason} {self.inputs.vocab} {options}".replace(" ", "-")
+
+
+def bounds(plan: str, vocab: int, world: int) -> list[tuple[int, int]]:
+    """[start, stop) of each rank."""
+    if plan == "even":  # of a padded vocabulary: the last ranks may have fewer columns, or none
+        width = -(-vocab // world)
+        return [(min(rank * width, vocab), min((rank + 1) * width, vocab)) for rank in range(world)]
+    if plan == "uneven":  # the last ranks have two columns each
+        cuts = [0, *(max(vocab // 3 + 1, vocab - 2 * (world - k)) if k > 1 else vocab // 3 + 1 for k in range(1, world)), vocab]
+    elif plan == "last":  # one rank has everything
+        cuts = [0] * world + [vocab]
+    else:
+        assert plan == "first"
+        cuts = [0] + [vocab] * world
+    cuts = [min(max(cut, 0), vocab) for cut in cuts]
+    return list(zip(cuts, cuts[1:]))
+
+
+def shards(plan: str, vocab: int, world: int) -> list[tuple[int, int]]:
+    """The same in the order of ranks: backwards for uneven parts, which the loss may not care about."""
+    parts = bounds(plan, vocab, world)
+    return parts[::-1] if plan == "uneven" else parts
+
+
+def cut(x: Tensor, part: tuple[int, int], padding: int) -> Tensor:
+    """Memory whose columns but the last two are a rank's own and padding behind them, all but its own NaN."""
+    own = x[..., part[0] : part[1]]
+    return torch.cat([own, torch.full((*x.shape[:-1], padding + 2), NAN, dtype=x.dtype)], -1)
+
+
+@dataclass
+class Problem:
+    """What a case means: the whole inputs, and the keywords with tensors in place."""
+
+    inputs: Inputs
+    keywords: dict[str, Any]
+    upstream: Tensor | None = None
+    parts: list[tuple[int, int]] = field(default_factory=list)
+
+
+def make_problem(case: ShardCase, world: int) -> Problem:
+    """The same in every process."""
+    inputs = make_inputs(case.inputs)
+    labels = torch.full_like(inputs.labels, -100) if case.ignored == "all" else inputs.labels
+    g = torch.Generator().manual_seed(7)
+    keywords = {"labels": labels, "temperature": case.inputs.temperature, **case.options, "backend": case.backend}
+    if keywords["temperature"] is True:
+        keywords["temperature"] = 0.5 + 2 * torch.rand(case.inputs.lead, generator=g)
+    if keywords.get("token_weights") is True:
+        keywords["token_weights"] = inputs.token_weights
+    upstream = torch.randn(case.inputs.lead, generator=g) if keywords.get("reduction") == "none" else None
+    return Problem(inputs, keywords, upstream, shards(case.plan, case.inputs.vocab, world))
+
+
+def run_rank(case: ShardCase, rank: int, world: int) -> dict[str, Any]:
+    """Loss, gradient and statistics of a rank."""
+    from fastkd import kd_loss
+
+    problem = make_problem(case, world)
+    part = problem.parts[rank]
+    padding = (rank + 1) % 3 if case.plan != "even" else 0
+    if part[0] == part[1] and rank % 2:
+        padding = 3
+    base = cut(problem.inputs.student, part, padding).requires_grad_()
+    student = (base * 1 if problem.keywords.get("inplace") else base)[..., :-2]
+    teacher = cut(problem.inputs.teacher, part, padding + rank)[..., :-2]  # with a padding of its own
+    result = kd_loss(student, teacher, vocab_shard=VocabShard(*part), **problem.keywords)
+    loss, stats = result if isinstance(result, tuple) else (result, None)
+    (gradient,) = torch.autograd.grad(loss, base, problem.upstream)
+    return {"loss": loss.detach(), "gradient": gradient, "stats": None if stats is None else torch.stack(stats)}
+
+
+EVERYTHING = {
+    "ce_weight": 0.5, "label_smoothing": 0.1, "z_loss": 0.01, "student_softcap": 8.0, "teacher_softcap": 5.0,
+    "temperature": True, "token_weights": True, "beta": 0.3, "return_stats": True,
+}  # fmt: skip
+HARD = {"ce_weight": 0.5, "return_stats": True}
+REGIMES = ("masked_both", "masked_student", "masked_teacher", "identical", "flat", "huge", "disagreeing", "exact_zeros")
+
+
+def _cases(backend: str) -> list[ShardCase]:
+    case = lambda inputs, options, plan="uneven", **more: ShardCase(inputs, options, plan, backend, **more)  # noqa: E731
+    found = []
+    for number, divergence in enumerate(DIVERGENCES):
+        plan = ("uneven", "even", "last", "first")[number % 4]
+        named = {"divergence": divergence}
+        found.append(case(Case("all options", lead=(2, 3)), {**named, **EVERYTHING}, plan))
+        found.append(case(Case("nothing but the divergence", vocab=50, temperature=1.0), named, "even"))
+        for offset, regime in enumerate(REGIMES):
+            if (number + offset) % 2 == 0 or regime in ("masked_student", "masked_teacher"):
+                found.append(case(Case(regime, regime=regime, vocab=53), {**named, **HARD}))
+    blocks = Case("several blocks on each rank", lead=(2,), vocab=3 * 2048 + 5, regime="ascending", temperature=3.0)
+    wide = Case("bf16, few long rows", lead=(2,), vocab=32001, student_dtype=BF16, teacher_dtype=BF16)
+    fp16 = Case("fp16: gradient of the sum", student_dtype=FP16, teacher_dtype=FP16, lead=(5,))
+    found += [
+        case(blocks, {**HARD, "label_smoothing": 0.1}),
+        case(blocks, {**HARD, "divergence": "jsd"}, "even"),
+        case(wide, {**HARD, "divergence": "skew_reverse_kl"}, "even"),
+        case(wide, {"divergence": "symmetric_kl", "ce_weight": 1.0}, "uneven"),
+        case(fp16, HARD),
+        case(fp16, {**HARD, "reduction": "none"}),
+        case(Case("mixed", student_dtype=BF16, lead=(4,)), {**HARD, "reduction": "sum"}),
+        case(Case("T = 0.7", temperature=0.7, lead=(4,)), {**HARD, "num_items_in_batch": 7, "scale_by_t2": False}),
+        case(Case("upstream of each row", lead=(3, 2)), {**EVERYTHING, "reduction": "none", "divergence": "jsd"}),
+        case(Case("in place", lead=(3, 4), vocab=33), {**HARD, "inplace": True}),
+        case(Case("in place, bf16", student_dtype=BF16, vocab=70), {"divergence": "reverse_kl", "inplace": True}),
+        case(Case("cross-entropy alone"), {"kd_weight": 0.0, "ce_weight": 1.0, "return_stats": True}),
+        case(Case("no row", lead=(0,)), HARD),
+        case(Case("no row that counts"), {**HARD, "divergence": "jsd"}, ignored="all"),
+        case(Case("one column for all ranks", vocab=1), HARD, "even"),
+        case(Case("one row, no leading dimension", lead=()), HARD),
+    ]
+    return found
+
+
+def cases() -> dict[str, ShardCase]:
+    """By name."""
+    found = _cases("eager")
+    found.append(ShardCase(Case("fp64", student_dtype=FP64, teacher_dtype=FP64), EVERYTHING, backend="auto"))
+    return {case.name: case for case in found}

@@ -1,0 +1,143 @@
+"""kd_loss over a vocabulary that lies on several processes: values, bits, bytes, errors. 2 and 4 of gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shard_cases
+import torch
+from inputs import IGNORE, Outcome, reference_of, run_backend
+from tolerances import assert_close_to_reference
+
+import fastkd
+
+WORLDS = (2, 4)
+CASES = shard_cases.cases()
+
+
+def _results(world: int) -> list[dict[str, Any]]:
+    results = _outcome(world)
+    assert isinstance(results, list), results
+    return results
+
+
+@cache
+def _outcome(world: int) -> list[dict[str, Any]] | str:
+    """Of each rank, or what was missing. The processes import torch once, in their common parent."""
+    import shard_worker
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "numpy", "fastkd", "shard_worker"])
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [context.Process(target=shard_worker.work, args=(rank, world, folder)) for rank in range(world)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(150)
+            if process.is_alive():
+                process.kill()
+        missing = [rank for rank in range(world) if not (Path(folder) / f"{rank}.pt").exists()]
+        if missing:
+            return f"no results of ranks {missing} of {world}"
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture(params=WORLDS, scope="module")
+def world(request) -> int:
+    return request.param
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_the_loss_of_the_whole_vocabulary(name: str, world: int) -> None:
+    """Against fp64; the same bits on every rank; padding, which is NaN, unread and with gradient 0."""
+    case, ranks = CASES[name], [result["cases"][name] for result in _results(world)]
+    problem = shard_cases.make_problem(case, world)
+    for rank in ranks[1:]:
+        assert torch.equal(_bits(rank["loss"]), _bits(ranks[0]["loss"]))
+        assert ranks[0]["stats"] is None or torch.equal(_bits(rank["stats"]), _bits(ranks[0]["stats"]))
+    parts = []
+    for number, rank in sorted(enumerate(ranks), key=lambda pair: problem.parts[pair[0]]):
+        width = problem.parts[number][1] - problem.parts[number][0]
+        assert rank["gradient"].dtype == case.inputs.student_dtype
+        assert (rank["gradient"][..., width:] == 0).all(), f"padding of rank {number}"
+        parts.append(rank["gradient"][..., :width])
+    gradient = torch.cat(parts, -1)
+    ignored = problem.keywords["labels"] == IGNORE
+    assert (gradient[ignored] == 0).all()
+    stats = None if ranks[0]["stats"] is None else fastkd.KDStats(*ranks[0]["stats"])
+    outcome = Outcome(ranks[0]["loss"], gradient, stats)
+    options = {k: v for k, v in problem.keywords.items() if k != "inplace"}
+    expected = reference_of(problem.inputs, options, problem.upstream)
+    eager = run_backend(problem.inputs, {**options, "backend": "eager"}, upstream=problem.upstream, in_fp32=True)
+    assert_close_to_reference(outcome, expected, eager, roundings=2)
+
+
+FLOATS = {  # a token that each rank sends, in each exchange
+    "forward_kl": (5,), "reverse_kl": (5,), "symmetric_kl": (6,), "jsd": (4, 2), "total_variation": (4, 2),
+    "skew_forward_kl": (4, 2), "skew_reverse_kl": (4, 2), "everything": (13,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_bytes_that_cross(name: str, world: int) -> None:
+    """One exchange, or two, of a few numbers a token beside a header of 8 bytes; backward and later calls: no more."""
+    for result in _results(world):
+        seen = result["traffic"][name]
+        sent = [8 + 4 * floats * seen["rows"] for floats in FLOATS[name]]
+        assert seen["forward"] == [("_allgather_base_", size, world * size) for size in sent]
+        assert seen["backward"] == []
+
+
+WORDS = {
+    "gap": ("ValueError", "gap", "rank 1: ["),
+    "overlap": ("ValueError", "overlap", "rank 1: ["),
+    "nothing": ("ValueError", "all ranks", "empty"),
+    "columns": ("ValueError", "rank 1", "student_logits has", "columns"),
+    "rows": ("ValueError", "same rows", "6 on rank 0", "7 on rank 1"),
+    "divergence": ("ValueError", "same divergence", "'forward_kl' on rank 0", "'jsd' on rank 1"),
+    "temperature": ("ValueError", "same temperature", "1.0 on rank 0", "2.0 on rank 1"),
+    "temperature later": ("RuntimeError", "different arguments", "temperature="),
+    "more rows later": ("RuntimeError", "different arguments", "rows="),
+    "fewer rows later": ("RuntimeError", "different arguments", "rows="),
+    "divergence later": ("RuntimeError", "different arguments", "divergence="),
+    "late": ("RuntimeError", "vocab_shard", "timeout"),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_every_rank_gets_an_error(name: str, world: int) -> None:
+    """Within the timeout of the group, and with the reason."""
+    import shard_worker
+
+    error, *words = WORDS[name]
+    for rank, result in enumerate(_results(world)):
+        kind, message, seconds = result["errors"][name]
+        assert kind == error, f"rank {rank}: {kind} {message}"
+        assert all(word in message for word in words), f"rank {rank}: {message}"
+        assert seconds < 3 * shard_worker.TIMEOUT
+
+
+def test_a_rank_that_died(world: int) -> None:
+    import shard_worker
+
+    for result in _results(world)[:-1]:
+        kind, message, seconds = result["errors"]["death"]
+        assert kind == "RuntimeError" and "vocab_shard" in message and "a rank has ended" in message
+        assert seconds < 3 * shard_worker.TIMEOUT
+
+
+def test_parts_of_every_plan_are_the_vocabulary() -> None:
+    for plan in ("even", "uneven", "last", "first"):
+        for world in WORLDS:
+            for vocab in (2, 37, 6149):
+                columns = [c for part in sorted(shard_cases.shards(plan, vocab, world)) for c in range(*part)]
+                assert columns == list(range(vocab)), (plan, world, vocab)
