@@ -52,6 +52,26 @@ def divergence_terms(divergence: str, beta: float, lp: Tensor, lq: Tensor) -> Te
     raise ValueError(f"divergence={divergence!r} is not known to the eager backend")
 
 
+def divergence_slopes(divergence: str, beta: float, lp: Tensor, lq: Tensor) -> Tensor:
+    """dlogq(lp, lq) of DESIGN §1 for every column, for where autograd does not reach: inside an operator."""
+    p, q = lp.exp(), lq.exp()
+    if divergence == "forward_kl":
+        return -p
+    if divergence == "total_variation":
+        return -0.5 * q * torch.sign(p - q) + 0.0 * (p * q)
+    own = torch.where(q == 0, 0.0, lq)
+    if divergence in ("reverse_kl", "symmetric_kl"):
+        share = 1.0 if divergence == "reverse_kl" else 1 - beta
+        reverse = _where_positive(q, own - torch.where(q == 0, 0.0, lp) + 1)
+        return (share * reverse if share else 0.0 * q) - (1 - share) * p
+    log_m = _log_mixture(lp, lq, 1 - beta if divergence == "skew_reverse_kl" else beta)
+    if divergence == "jsd":
+        return (1 - beta) * _where_positive(q, own - log_m)
+    if divergence == "skew_forward_kl":
+        return -(1 - beta) * _where_positive(p, torch.exp(lq - log_m))
+    return _where_positive(q, own - log_m + 1 - beta * torch.exp(lq - log_m))
+
+
 def _cross_entropy(student: Tensor, labels: Tensor, options: Options) -> Tensor:
     """(...) cross-entropy at T = 1 with label smoothing and z-loss; student: ``(..., V)``, labels in range."""
     lse = student.logsumexp(-1)

@@ -12,6 +12,8 @@ from .linear_eager import eager_linear
 from .ops import scalars_of
 from .options import Options, check_options
 from .products import logits_dtype_for
+from .shard import VocabShard
+from .shard_linear import sharded_linear
 from .stats import KDStats
 
 
@@ -43,6 +45,7 @@ def linear_kd_loss(
     reduction: str = "mean",
     num_items_in_batch: int | Tensor | None = None,
     vocab: str = "error",
+    vocab_shard: VocabShard | None = None,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, KDStats]:
@@ -71,6 +74,12 @@ def linear_kd_loss(
             fp32 over the chunks, needs 2 bytes an element more than the gradient itself.
         logits_dtype: float32, or the dtype of the hidden states. By default float32, except for bf16 on devices that
             cannot write the product of bf16 matrices as float32, the CPU among them: bfloat16 there, as in the model.
+        vocab_shard: :class:`fastkd.VocabShard`: weights and biases (or ``teacher_logits``) hold this rank's columns of the
+            vocabulary, and padding behind them; everything else is the same on every rank. One exchange of a few
+            numbers a token, or two, as for :func:`fastkd.kd_loss`, in each chunk. The gradient of the hidden states is
+            that of the whole vocabulary on every rank: forward adds up the ranks' parts (one all-reduce, N x H), as the
+            backward of a column-parallel layer does, so do not reduce it again. The weight's and the bias's stay where
+            their columns are.
         divergence ... backend: as for :func:`fastkd.kd_loss`. There is no ``inplace``: no logits of the caller's exist.
 
     Returns:
@@ -85,20 +94,21 @@ def linear_kd_loss(
     options = Options(
         divergence, beta, 1.0 if isinstance(temperature, Tensor) else temperature, scale_by_t2, kd_weight, ce_weight,
         label_smoothing, z_loss, student_softcap, teacher_softcap, ignore_index, reduction, vocab, False,
-        return_stats, backend,
+        return_stats, backend, vocab_shard,
     )  # fmt: skip
     check_options(options)
     linear_checks.check_chunks(chunk_size, memory_budget)
     student = (student_hidden, student_weight, student_bias)
     teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
-    autocast_dtype = _check_models(student, teacher, vocab, logits_dtype)
+    autocast_dtype = _check_models(student, teacher, vocab, logits_dtype, vocab_shard is not None)
     per_token = flat_per_token(student_hidden, labels, token_weights, temperatures, ce_weight)
     num_items = None
     if num_items_in_batch is not None:
         num_items = checks.check_num_items(num_items_in_batch, reduction, student_hidden.device)
-    name = _backend(backend, student_hidden, teacher_hidden, teacher_logits, autocast_dtype, logits_dtype)
+    sharded = vocab_shard is not None
+    name = _backend(backend, student_hidden, teacher_hidden, teacher_logits, autocast_dtype, logits_dtype, sharded)
     head = teacher_logits.shape[-1] if teacher_weight is None else teacher_weight.shape[0]  # type: ignore[union-attr]
-    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+    if not (sharded or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         checks.check_values_on_cpu(min(student_weight.shape[0], head), labels, temperatures, ignore_index)
     flat = lambda x: None if x is None else x.reshape(-1, x.shape[-1])  # noqa: E731
     rows = 0 if isinstance(chunk_size, str) else chunk_size
@@ -108,7 +118,10 @@ def linear_kd_loss(
         scale_by_t2, ignore_index, reduction, return_stats, name, autocast_dtype, logits_dtype, rows,
         memory_budget or 0, gradients_wanted(student),
     )  # fmt: skip
-    loss, stats = eager_linear(call, options) if name == "eager" else fused_linear(call)
+    if vocab_shard is not None:
+        loss, stats = sharded_linear(call, vocab_shard)
+    else:
+        loss, stats = eager_linear(call, options) if name == "eager" else fused_linear(call)
     lead = student_hidden.shape[:-1]
     if reduction == "none":
         loss = loss.reshape(lead)
@@ -120,17 +133,21 @@ def gradients_wanted(student: tuple[Tensor | None, ...]) -> list[bool]:
     return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in student]
 
 
-def _check_models(student: tuple, teacher: tuple, vocab: str, logits_dtype: torch.dtype | None) -> torch.dtype | None:
+def _check_models(
+    student: tuple, teacher: tuple, vocab: str, logits_dtype: torch.dtype | None, sharded: bool
+) -> torch.dtype | None:
     """Both heads and their fit; returns the dtype of autocast, None where it is off."""
     student_hidden, student_weight, student_bias = student
     hidden, weight, bias, logits = teacher
     device = getattr(student_hidden, "device", torch.device("cpu")).type
     autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     autocast = autocast_dtype is not None
-    linear_checks.check_head("student", student_hidden, student_weight, student_bias, autocast)
-    linear_checks.check_teacher(hidden, weight, bias, logits, autocast)
+    least = 0 if sharded else 1
+    linear_checks.check_head("student", student_hidden, student_weight, student_bias, autocast, least)
+    linear_checks.check_teacher(hidden, weight, bias, logits, autocast, least)
     source, teacher_vocab = (logits, logits.shape[-1]) if logits is not None else (hidden, weight.shape[0])
-    linear_checks.check_pair(student_hidden, student_weight.shape[0], source, teacher_vocab, vocab)
+    vocab = "truncate" if sharded else vocab
+    linear_checks.check_pair(student_hidden, student_weight.shape[0], source, teacher_vocab, vocab, least)
     dtype = student_hidden.dtype
     operands = autocast_dtype if autocast_dtype and dtype != torch.float64 else dtype
     linear_checks.check_logits_dtype(logits_dtype, operands)
@@ -152,7 +169,7 @@ def flat_per_token(
     return flat(labels), flat(token_weights), flat(temperatures)
 
 
-def _backend(backend, student_hidden, teacher_hidden, teacher_logits, autocast_dtype, logits_dtype) -> str:
+def _backend(backend, student_hidden, teacher_hidden, teacher_logits, autocast_dtype, logits_dtype, sharded) -> str:
     """Name of the backend that takes the logits that will be made."""
 
     def logits_like(hidden: Tensor) -> Tensor:
@@ -160,4 +177,4 @@ def _backend(backend, student_hidden, teacher_hidden, teacher_logits, autocast_d
         return hidden.new_empty(0, dtype=logits_dtype_for(operands, hidden.device, logits_dtype))
 
     teacher = logits_like(teacher_hidden) if teacher_logits is None else teacher_logits
-    return select_backend(backend, logits_like(student_hidden), teacher)
+    return select_backend(backend, logits_like(student_hidden), teacher, sharded)

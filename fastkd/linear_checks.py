@@ -34,14 +34,16 @@ def _check_like(name: str, x: Tensor, like_name: str, like: Tensor, any_dtype: b
         )
 
 
-def check_head(model: str, hidden: object, weight: object, bias: object, autocast: bool) -> None:
+def check_head(
+    model: str, hidden: object, weight: object, bias: object, autocast: bool, least: int = 1
+) -> None:
     """Hidden states ``(..., H)``, weight ``(V, H)`` and bias ``(V)`` of ``model``: "student" or "teacher"."""
     _check_tensor(f"{model}_hidden", hidden, None, "(..., H)")
     _check_tensor(f"{model}_weight", weight, 2, "(V, H)")
     assert isinstance(hidden, Tensor) and isinstance(weight, Tensor)
-    if weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1] or weight.shape[1] == 0:
+    if weight.shape[0] < least or weight.shape[1] != hidden.shape[-1] or weight.shape[1] == 0:
         raise ValueError(
-            f"{model}_weight must be (V, H) with V >= 1 and H = {hidden.shape[-1]}, the last dimension of "
+            f"{model}_weight must be (V, H) with V >= {least} and H = {hidden.shape[-1]}, the last dimension of "
             f"{model}_hidden; got {describe(weight)}"
         )
     _check_like(f"{model}_weight", weight, f"{model}_hidden", hidden, autocast)
@@ -54,7 +56,9 @@ def check_head(model: str, hidden: object, weight: object, bias: object, autocas
     _check_like(f"{model}_bias", bias, f"{model}_weight", weight, autocast)
 
 
-def check_teacher(hidden: object, weight: object, bias: object, logits: object, autocast: bool) -> None:
+def check_teacher(
+    hidden: object, weight: object, bias: object, logits: object, autocast: bool, least: int = 1
+) -> None:
     """Either hidden states and head, or logits; none of them requires grad."""
     if logits is None:
         if hidden is None or weight is None:
@@ -62,7 +66,7 @@ def check_teacher(hidden: object, weight: object, bias: object, logits: object, 
                 "the teacher must come as teacher_hidden and teacher_weight, or as teacher_logits; got "
                 f"teacher_hidden={describe(hidden)}, teacher_weight={describe(weight)}, teacher_logits=None"
             )
-        check_head("teacher", hidden, weight, bias, autocast)
+        check_head("teacher", hidden, weight, bias, autocast, least)
     else:
         for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
             if x is not None:
@@ -76,7 +80,9 @@ def check_teacher(hidden: object, weight: object, bias: object, logits: object, 
             )
 
 
-def check_pair(student_hidden: Tensor, student_vocab: int, teacher: Tensor, teacher_vocab: int, vocab: str) -> None:
+def check_pair(
+    student_hidden: Tensor, student_vocab: int, teacher: Tensor, teacher_vocab: int, vocab: str, least: int = 1
+) -> None:
     """Leading shapes, devices and vocabularies of both models; ``teacher``: its hidden states or logits."""
     if student_hidden.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
@@ -87,8 +93,8 @@ def check_pair(student_hidden: Tensor, student_vocab: int, teacher: Tensor, teac
         raise ValueError(
             f"the teacher must be on the device of student_hidden ({student_hidden.device}); got {describe(teacher)}"
         )
-    if teacher_vocab == 0:
-        raise ValueError(f"teacher_logits must have a last dimension V >= 1; got {describe(teacher)}")
+    if teacher_vocab < least:
+        raise ValueError(f"teacher_logits must have a last dimension V >= {least}; got {describe(teacher)}")
     if vocab == "error" and student_vocab != teacher_vocab:
         raise ValueError(
             f"student and teacher have different vocabularies: {student_vocab} and {teacher_vocab} columns; make them "

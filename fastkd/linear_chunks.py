@@ -7,13 +7,13 @@ hidden states, weight and bias before the next chunk overwrites it. Backward onl
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops, sparse_ops
+from . import ops, shard_ops, sparse_ops
+from .linear_rows import Selection, select_rows
 from .products import WeightGradient, hidden_gradient, logits_dtype_for, project
 from .stats import KDStats
 
@@ -77,40 +77,6 @@ def model_of(
     return Model(weight, bias, None, vocab, dtype, logits_dtype_for(dtype, weight.device, logits_dtype))
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Which rows are computed. CPU: the rows that are not ignored, by index. Elsewhere their number is not known
-    without waiting for the device: all rows, of which the kernels skip the ignored ones."""
-
-    index: Tensor | None  # (M) int64; None: all rows
-    ignored: Tensor | None  # (N) bool, where ignored rows are among those computed
-    count: int
-
-    def take(self, x: Tensor, rows: slice) -> Tensor:
-        """x[rows] of the selection, along the first dimension; a copy where rows were left out."""
-        return x[rows] if self.index is None else x.index_select(0, self.index[rows])
-
-    def put(self, into: Tensor, rows: slice, values: Tensor, dim: int = 0) -> None:
-        """The inverse of take, into (N, ...) or with dim=1 (., N)."""
-        if self.index is None:
-            into.narrow(dim, rows.start, rows.stop - rows.start).copy_(values)
-        else:
-            into.index_copy_(dim, self.index[rows], values.to(into.dtype))
-
-
-def select_rows(labels: Tensor | None, ignore_index: int, rows: int) -> Selection:
-    """The rows that must be computed."""
-    if labels is None:
-        return Selection(None, None, rows)
-    ignored = labels == ignore_index
-    if labels.device.type != "cpu":
-        return Selection(None, ignored, rows)
-    if not ignored.any():
-        return Selection(None, None, rows)
-    index = (~ignored).nonzero().squeeze(1)
-    return Selection(index, None, index.shape[0])
-
-
 class Call(NamedTuple):
     """Arguments of the operator, in its order. N rows; per-row tensors (N), logits (N, V)."""
 
@@ -141,6 +107,9 @@ class Call(NamedTuple):
     logprobs: Tensor | None = None
     draw_weights: Tensor | None = None
     tail: str = ""
+    start: int = 0  # of a vocabulary shard: columns [start, stop), which all weights hold
+    stop: int = 0
+    group: str = ""  # name of its process group; "": there is none
 
     @property
     def of_the_sum(self) -> bool:
@@ -166,6 +135,11 @@ class Call(NamedTuple):
             model_of(self.teacher_weight, self.teacher_bias, self.teacher_logits, *common),
         )
 
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """fp32; fp64 only of a shard, whose eager parts take this way too."""
+        return torch.promote_types(self.student_hidden.dtype, torch.float32) if self.group else torch.float32
+
     def denominator(self) -> Tensor:
         """0-d fp32: what the reduction over the whole batch divides by; 1 where that is 0."""
         rows, new = self.student_hidden.shape[0], self.student_hidden.new_ones
@@ -186,7 +160,8 @@ _SCHEMA = (
     "Tensor? temperatures, Tensor? num_items, Tensor scalars, str divergence, bool scale_by_t2, int ignore_index, "
     "str reduction, bool with_stats, str backend, ScalarType? autocast_dtype, ScalarType? logits_dtype, "
     "SymInt chunk_size, SymInt memory_budget, bool[] needs, Tensor? ids=None, Tensor? logprobs=None, "
-    'Tensor? draw_weights=None, str tail="") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'
+    'Tensor? draw_weights=None, str tail="", SymInt start=0, SymInt stop=0, str group="") '
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -199,12 +174,14 @@ class Gradients:
     """Sums of the gradients over chunks of rows; None where one is not wanted."""
 
     def __init__(self, call: Call, selection: Selection, logits_dtype: torch.dtype, chunks: int) -> None:
-        wanted = call.needs if call.with_gradient else [False] * 3
+        wanted, self.group = call.needs if call.with_gradient else [False] * 3, call.group
         hidden, weight, bias = call.student_hidden, call.student_weight, call.student_bias
         new = hidden.new_empty if selection.index is None else hidden.new_zeros
-        self.hidden = new(hidden.shape, dtype=kept_dtype(hidden)) if wanted[0] else None
+        dtype = call.loss_dtype if call.group else kept_dtype(hidden)  # parts of other ranks are still to be added
+        self.hidden = new(hidden.shape, dtype=dtype) if wanted[0] else None
+        self.hidden_dtype = kept_dtype(hidden)
         self.weight = WeightGradient(weight, kept_dtype(weight), logits_dtype, chunks) if wanted[1] else None
-        self.bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
+        self.bias = torch.zeros_like(bias, dtype=call.loss_dtype) if wanted[2] and bias is not None else None
         self.bias_dtype = None if bias is None else kept_dtype(bias)
 
     def add(self, gradient: Tensor, hidden: Tensor, weight: Tensor, selection: Selection, rows: slice) -> None:
@@ -214,13 +191,15 @@ class Gradients:
         if self.weight is not None:
             self.weight.add(gradient, hidden)
         if self.bias is not None:
-            self.bias[: gradient.shape[1]] += gradient.sum(0, dtype=torch.float32)
+            self.bias[: gradient.shape[1]] += gradient.sum(0, dtype=self.bias.dtype)
 
     def results(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the operator returns them: (0) where not wanted."""
         empty = like.new_empty
+        if self.group and self.hidden is not None:
+            shard_ops.add_up(self.group, self.hidden)
         return (
-            empty(0) if self.hidden is None else self.hidden,
+            empty(0) if self.hidden is None else self.hidden.to(self.hidden_dtype),
             empty(0) if self.weight is None else self.weight.result(),
             empty(0) if self.bias is None else self.bias.to(self.bias_dtype),
         )
@@ -233,11 +212,16 @@ class _Chunks:
         self.call, (self.student, self.teacher) = call, call.models()
         self.selection = select_rows(call.labels, call.ignore_index, call.student_hidden.shape[0])
         self.denominator = call.denominator()
-        self.operators = (ops if call.ids is None else sparse_ops).registered[call.backend]
+        vocab = self.student.vocab
+        if call.group:  # the widest rank's, for all to take the same chunks
+            arguments = (call.backend, call.start, call.stop, call.group)
+            self.operators, vocab = shard_ops.operators_for(call.student_hidden, call[7:17], *arguments)
+        else:
+            self.operators = (ops if call.ids is None else sparse_ops).registered[call.backend]
         reduction = "sum" if call.reduction == "mean" and call.of_the_sum else call.reduction
         self.numbers = (call.scalars, call.divergence, call.scale_by_t2, call.ignore_index, reduction, call.with_stats)
         self.num_items = self.denominator if reduction == "mean" else None
-        vocab, made = self.student.vocab, (self.student, self.teacher) if call.ids is None else (self.student,)
+        made = (self.student, self.teacher) if call.ids is None else (self.student,)
         dtypes = tuple(model.logits_dtype for model in made)
         count, weight = self.selection.count, call.student_weight
         accumulator = 2 * weight.numel() if call.needs[1] and kept_dtype(weight).itemsize == 2 else 0
@@ -248,7 +232,7 @@ class _Chunks:
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The operator's results."""
         call, new, rows = self.call, self.call.student_hidden.new_zeros, self.call.student_hidden.shape[0]
-        loss = new(rows if call.reduction == "none" else (), dtype=torch.float32)
+        loss = new(rows if call.reduction == "none" else (), dtype=call.loss_dtype)
         stats = new((5, rows) if call.with_stats else (0,), dtype=torch.float32)
         chunks = -(-self.selection.count // self.step)
         sums = Gradients(call, self.selection, self.student.logits_dtype, chunks)
@@ -316,7 +300,7 @@ def _fake(*arguments):
         new((0,)) if x is None or not (wanted and call.with_gradient) else new(x.shape, dtype=kept_dtype(x))
         for x, wanted in zip((call.student_hidden, call.student_weight, call.student_bias), call.needs)
     )
-    loss = new((rows,) if call.reduction == "none" else (), dtype=torch.float32)
+    loss = new((rows,) if call.reduction == "none" else (), dtype=call.loss_dtype)
     pending, stats = new((), dtype=torch.float32), new((5, rows) if call.with_stats else (0,), dtype=torch.float32)
     return loss, *gradients, pending, stats
 
@@ -353,7 +337,7 @@ def _backward_by(ctx, upstream: Tensor | None, rescale: Callable) -> tuple[Tenso
         upstream = torch.ones_like(pending)
     else:
         *gradients, pending = ctx.saved_tensors
-    operators = ops.registered[ctx.call.backend]
+    operators = shard_ops.rescaling(ctx.call.backend)
     return tuple(
         rescale(operators, gradient, upstream, pending).to(dtype) if wanted and dtype is not None else None
         for gradient, wanted, dtype in zip(gradients, ctx.call.needs, ctx.dtypes)

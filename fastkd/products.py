@@ -86,8 +86,9 @@ def _operands(gradient: Tensor, other: torch.dtype) -> torch.dtype:
 
 
 def hidden_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """gradient @ weight as fp32 (R, H); gradient: (R, V)."""
-    total = gradient.new_zeros(gradient.shape[0], weight.shape[1], dtype=torch.float32)
+    """gradient @ weight as fp32 (R, H), fp64 where the gradient is; gradient: (R, V)."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    total = gradient.new_zeros(gradient.shape[0], weight.shape[1], dtype=dtype)
     dtype = _operands(gradient, weight.dtype)
     for piece in pieces(weight.shape[0], weight.device):
         _add_product(total, gradient[:, piece].to(dtype), weight[piece].to(dtype))
@@ -111,7 +112,7 @@ class WeightGradient:
     def __init__(self, weight: Tensor, result_dtype: torch.dtype, logits_dtype: torch.dtype, chunks: int) -> None:
         self.shape, self.result_dtype, self.device = weight.shape, result_dtype, weight.device
         self.turned = chunks > 1 and logits_dtype == torch.bfloat16 and not _writes_fp32(self.device)
-        self.dtype = torch.float32 if chunks > 1 else result_dtype
+        self.dtype = torch.promote_types(result_dtype, torch.float32) if chunks > 1 else result_dtype
         self.parts: list[Tensor] = []  # made by the first chunk
         unit, (rows, width) = CPU_PIECE if self.device.type == "cpu" else PIECE, self.shape
         self.part_rows = max(1, rows)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .eager import divergence_terms, softcapped
+from .eager import divergence_slopes, divergence_terms, softcapped
 from .options import Options
 from .shard import VocabShard, accumulator_dtype
 from .shard_rows import FIELDS, LN2, LOG2E, as_integers, finite_reference
@@ -109,19 +109,10 @@ def _log_probabilities(piece: Piece, row: dict[str, Tensor]) -> tuple[Tensor, Te
     return logs[0], logs[1]
 
 
-def _terms_and_slopes(o: Options, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
-    """term and dlogq of every column; the slope by autograd, which knows the terms' corners already."""
-    with torch.enable_grad():
-        lq = lq.detach().requires_grad_()
-        terms = divergence_terms(o.divergence, o.beta, lp, lq)
-        (slopes,) = torch.autograd.grad(terms.sum(), lq)
-    return terms.detach(), slopes
-
-
 def terms(piece: Piece, row: dict[str, Tensor]) -> Tensor:
     """(2, N): sums of term and dlogq over the piece."""
-    value, slopes = _terms_and_slopes(piece.options, *_log_probabilities(piece, row))
-    return torch.stack((value.sum(1), slopes.sum(1)))
+    arguments = (piece.options.divergence, piece.options.beta, *_log_probabilities(piece, row))
+    return torch.stack((divergence_terms(*arguments).sum(1), divergence_slopes(*arguments).sum(1)))
 
 
 def gradient(piece: Piece, row: Row, into: Tensor | None) -> Tensor:
@@ -131,7 +122,7 @@ def gradient(piece: Piece, row: Row, into: Tensor | None) -> Tensor:
     t = _temperature(piece, lq.dtype)
     total = torch.zeros_like(lq)
     if o.kd_weight:
-        _, slopes = _terms_and_slopes(o, lp, lq)
+        slopes = divergence_slopes(o.divergence, o.beta, lp, lq)
         weight = scale * o.kd_weight * (t if o.scale_by_t2 else 1 / t)
         q = lq.exp()
         total = weight * (slopes - torch.where(q == 0, 0.0, q * row.dlogq.unsqueeze(1)))

@@ -12,6 +12,8 @@ import functools
 import hashlib
 import json
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -63,17 +65,30 @@ def _state(group: Any) -> _State:
     return _states[group]
 
 
-def _gathered(group: Any, own: Tensor, what: str) -> Tensor:
-    """(P, n) from each rank's (n)."""
-    out = own.new_empty(dist.get_world_size(group) * own.shape[0])
+@contextmanager
+def _named(group: Any, what: str) -> Iterator[None]:
+    """Errors of a collective with what it was for."""
     try:
-        getattr(dist, _all_gather)(out, own, group=group)
+        yield
     except RuntimeError as error:
         raise RuntimeError(
             f"vocab_shard: {what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)} of its group: a "
             f"rank has ended, is late by more than the group's timeout, or has called with other sizes ({error})"
         ) from error
+
+
+def _gathered(group: Any, own: Tensor, what: str) -> Tensor:
+    """(P, n) from each rank's (n)."""
+    out = own.new_empty(dist.get_world_size(group) * own.shape[0])
+    with _named(group, what):
+        getattr(dist, _all_gather)(out, own, group=group)
     return out.view(-1, own.shape[0])
+
+
+def add_up(group: Any, x: Tensor) -> None:
+    """x <- its sum over the ranks, the same bits on each."""
+    with _named(group, "the sum of the hidden states' gradients"):
+        dist.all_reduce(x, group=group)
 
 
 def _padded_json(description: dict[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from .options import Options
 from .shard import VocabShard, accumulator_dtype
 from .shard_eager import Piece, Row
 from .shard_exchange import ShardMap, agree, gather
+from .shard_exchange import add_up as add_up_of
 from .shard_rows import FIELDS, MIXED, Finished, empty_piece, finish, merge, needs_hard, sent_fields
 
 
@@ -307,6 +308,43 @@ class _Loss(torch.autograd.Function):
             return None, None, None
         gradient, pending = ctx.saved_tensors
         return ops.rescaled(rescaling(ctx.backend), gradient, upstream, pending), None, None
+
+
+def add_up(group: str, x: Tensor) -> None:
+    """x <- its sum over the group's ranks, the same bits on each."""
+    add_up_of(_group_named(group), x)
+
+
+def tell_problem(
+    like: Tensor, arguments: tuple, backend: str, shard: VocabShard, group: str, problem: str
+) -> None:
+    """Raises the problem of this rank, on the others too; like and arguments as for operators_for."""
+    call = Call(like, like, *arguments, backend, shard.start, shard.stop, group, False)
+    map_of(call, call.options(), problem)
+
+
+def operators_for(
+    like: Tensor, arguments: tuple, backend: str, start: int, stop: int, group: str
+) -> tuple[ops.Operators, int]:
+    """Those of a shard with the signatures of any backend's, for the chunks of the linear loss; and the columns of the
+    widest rank. like: (N, H); arguments: labels ... with_stats of all rows, which the ranks must have in common."""
+
+    def call_of(logits: Tensor, *rest: Any) -> Call:
+        *others, with_gradient = rest
+        return Call(logits, *others, backend, start, stop, group, with_gradient)
+
+    def forward(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return shard_forward(call_of(logits, *rest))
+
+    def forward_(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, _, pending, stats = shard_forward(call_of(logits, *rest, True), logits)
+        return loss, pending, stats
+
+    whole = call_of(like, like, *arguments, False)
+    known = map_of(whole, whole.options())
+    checks.check_values_on_cpu(known.vocab, whole.labels, whole.temperatures, whole.ignore_index)
+    rescale = rescaling(backend)
+    return ops.Operators(forward, forward_, rescale.rescale, rescale.rescale_), max(known.widths)
 
 
 def run(call: Call, inplace: bool) -> tuple[Tensor, Tensor]:

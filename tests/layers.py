@@ -34,14 +34,14 @@ ALSO_MAY_IMPORT = {"triton": {"triton"}}
 # modules of the core, lowest first: each may import from the rows above its own
 CORE_ORDER = (
     {"_C"},
-    {"checks", "divergence", "products", "shard", "stats"},
+    {"checks", "divergence", "linear_rows", "products", "shard", "stats"},
     {"linear_checks", "options", "shard_exchange", "topk"},
     {"cuda", "eager", "ops", "shard_rows", "sparse_checks"},
     {"triton"},
     {"shard_eager", "sparse_eager", "sparse_ops"},
     {"shard_ops"},
     {"backends", "linear_chunks", "shard_loss"},
-    {"functional", "linear_eager", "sparse"},
+    {"functional", "linear_eager", "shard_linear", "sparse"},
     {"linear"},
     {"linear_sparse"},
     {"modules"},

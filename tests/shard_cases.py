@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import linear_cases
 import torch
 from inputs import BF16, FP16, FP64, Case, Inputs, make_inputs
 from reference import DIVERGENCES
@@ -142,6 +143,68 @@ def _cases(backend: str) -> list[ShardCase]:
         case(Case("one row, no leading dimension", lead=()), HARD),
     ]
     return found
+
+
+@dataclass(frozen=True)
+class LinearShardCase:
+    """options: of linear_kd_loss."""
+
+    inputs: linear_cases.Case
+    options: dict[str, Any]
+    plan: str = "uneven"
+    teacher_logits: bool = False
+    frozen: bool = False  # the student's head
+
+
+def linear_shard_cases() -> dict[str, LinearShardCase]:
+    """By name."""
+    linear = lambda options, plan="uneven", more=None, **fields: LinearShardCase(  # noqa: E731
+        linear_cases.Case(rows=13, vocab=101, **fields), options, plan, **(more or {})
+    )
+    soft = {"temperature": 2.0, "ce_weight": 0.5, "chunk_size": 4}
+    return {
+        "chunks": linear({**soft, "return_stats": True, "label_smoothing": 0.1}),
+        "jsd": linear({**soft, "divergence": "jsd"}, "even"),
+        "one rank has all": linear(soft, "last"),
+        "bf16": linear({**soft, "divergence": "reverse_kl"}, dtype=BF16),
+        "fp16": linear({**soft, "chunk_size": "auto"}, dtype=FP16),
+        "upstream of each row": linear({**soft, "reduction": "none"}),
+        "logits of the teacher": linear({**soft, "reduction": "sum"}, more={"teacher_logits": True}),
+        "frozen head": linear({**soft, "num_items_in_batch": 5}, more={"frozen": True}),
+        "no bias, fp64": linear(soft, dtype=FP64, bias=False),
+    }
+
+
+def run_linear_rank(case: LinearShardCase, rank: int, world: int) -> dict[str, Any]:
+    """Loss and gradients of a rank: of the whole hidden states, of its rows of the head."""
+    from fastkd import linear_kd_loss
+
+    problem = linear_cases.make_problem(case.inputs)
+    part = shards(case.plan, case.inputs.vocab, world)[rank]
+    hidden, weight, bias = problem.student
+    padded = lambda x, more: None if x is None else cut(x.detach().movedim(0, -1), part, more).movedim(-1, 0)  # noqa: E731
+    weight, bias = (x if x is None else x.requires_grad_(not case.frozen) for x in (padded(weight, 1), padded(bias, 1)))
+    teacher_hidden, teacher_weight, teacher_bias = problem.teacher
+    given = {
+        "teacher_hidden": teacher_hidden, "teacher_weight": padded(teacher_weight, 2),
+        "teacher_bias": padded(teacher_bias, 2),
+    }  # fmt: skip
+    if case.teacher_logits:
+        given = {"teacher_logits": cut(torch.nn.functional.linear(*problem.teacher), part, 3)}
+    result = linear_kd_loss(
+        hidden, weight, labels=problem.labels, student_bias=bias, vocab_shard=VocabShard(*part), **given, **case.options
+    )
+    loss, stats = result if isinstance(result, tuple) else (result, None)
+    leaves = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
+    gradients = torch.autograd.grad(loss, leaves, linear_upstream(case))
+    return {"loss": loss.detach(), "gradients": gradients, "stats": stats if stats is None else torch.stack(stats)}
+
+
+def linear_upstream(case: LinearShardCase) -> Tensor | None:
+    """(N) where each row has its own."""
+    if case.options.get("reduction") != "none":
+        return None
+    return torch.randn(case.inputs.rows, generator=torch.Generator().manual_seed(11))
 
 
 def cases() -> dict[str, ShardCase]:

@@ -157,6 +157,8 @@ def work(rank: int, world: int, folder: str) -> None:
     results: dict[str, Any] = {"cases": {}, "errors": {}}
     for name, case in shard_cases.cases().items():
         results["cases"][name] = shard_cases.run_rank(case, rank, world)
+    for name, linear in shard_cases.linear_shard_cases().items():
+        results["cases"][f"linear {name}"] = shard_cases.run_linear_rank(linear, rank, world)
     results["traffic"] = traffic(rank, world)
     patient = timedelta(seconds=TIMEOUT)
     groups = {name: dist.new_group(timeout=patient) for name in [*ERRORS, "death"]}

@@ -8,16 +8,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import linear_cases
 import pytest
 import shard_cases
 import torch
 from inputs import IGNORE, Outcome, reference_of, run_backend
+from reference import DIVERGENCES
 from tolerances import assert_close_to_reference
 
 import fastkd
 
 WORLDS = (2, 4)
 CASES = shard_cases.cases()
+LINEAR_CASES = shard_cases.linear_shard_cases()
 
 
 def _results(world: int) -> list[dict[str, Any]]:
@@ -81,6 +84,33 @@ def test_is_the_loss_of_the_whole_vocabulary(name: str, world: int) -> None:
     assert_close_to_reference(outcome, expected, eager, roundings=2)
 
 
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_linear_is_the_loss_of_the_whole_heads(name: str, world: int) -> None:
+    """The gradient of the hidden states is the whole one on every rank, those of the heads are the ranks' rows."""
+    case, ranks = LINEAR_CASES[name], [result["cases"][f"linear {name}"] for result in _results(world)]
+    problem = linear_cases.make_problem(case.inputs)
+    for rank in ranks[1:]:
+        assert torch.equal(_bits(rank["loss"]), _bits(ranks[0]["loss"]))
+        assert torch.equal(_bits(rank["gradients"][0]), _bits(ranks[0]["gradients"][0]))
+    parts = shard_cases.shards(case.plan, case.inputs.vocab, world)
+    whole = [ranks[0]["gradients"][0]]
+    for number in range(1, len(ranks[0]["gradients"])):
+        rows = []
+        for rank, (start, stop) in sorted(enumerate(parts), key=lambda pair: pair[1]):
+            gradient = ranks[rank]["gradients"][number]
+            assert (gradient[stop - start :] == 0).all()
+            rows.append(gradient[: stop - start])
+        whole.append(torch.cat(rows))
+    if case.frozen:
+        problem = problem._replace(student=(problem.student[0], *(x.detach() for x in problem.student[1:])))
+        expected = linear_cases.expected_of(problem, **case.options).gradients[0]
+        assert len(whole) == 1
+        torch.testing.assert_close(whole[0], torch.from_numpy(expected).float(), rtol=1e-5, atol=1e-6)
+        return
+    outcome = linear_cases.Outcome(ranks[0]["loss"], tuple(whole), None)
+    linear_cases.assert_right(problem, outcome, shard_cases.linear_upstream(case), **case.options)
+
+
 FLOATS = {  # a token that each rank sends, in each exchange
     "forward_kl": (5,), "reverse_kl": (5,), "symmetric_kl": (6,), "jsd": (4, 2), "total_variation": (4, 2),
     "skew_forward_kl": (4, 2), "skew_reverse_kl": (4, 2), "everything": (13,),
@@ -141,3 +171,18 @@ def test_parts_of_every_plan_are_the_vocabulary() -> None:
             for vocab in (2, 37, 6149):
                 columns = [c for part in sorted(shard_cases.shards(plan, vocab, world)) for c in range(*part)]
                 assert columns == list(range(vocab)), (plan, world, vocab)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_slopes_are_those_of_the_terms(divergence: str) -> None:
+    """The hand-derived dlogq against autograd of the terms, in fp64, masks among them."""
+    from fastkd.eager import divergence_slopes, divergence_terms
+
+    g = torch.Generator().manual_seed(1)
+    lp, lq = ((3 * torch.randn(4, 30, generator=g, dtype=torch.float64)).log_softmax(-1) for _ in range(2))
+    lp[0, :5], lq[0, 3:8], lp[1] = -torch.inf, -torch.inf, lq[1]
+    leaf = lq.clone().requires_grad_()
+    terms = divergence_terms(divergence, 0.3, lp, leaf)
+    (expected,) = torch.autograd.grad(torch.where(terms.isfinite(), terms, 0.0).sum(), leaf)
+    defined = terms.isfinite()
+    torch.testing.assert_close(divergence_slopes(divergence, 0.3, lp, lq)[defined], expected[defined])
