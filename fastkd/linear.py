@@ -74,8 +74,8 @@ def linear_kd_loss(
             fp32 over the chunks, needs 2 bytes an element more than the gradient itself.
         logits_dtype: float32, or the dtype of the hidden states. By default float32, except for bf16 on devices that
             cannot write the product of bf16 matrices as float32, the CPU among them: bfloat16 there, as in the model.
-        vocab_shard: :class:`fastkd.VocabShard`: weights and biases (or ``teacher_logits``) hold this rank's columns of the
-            vocabulary, and padding behind them; everything else is the same on every rank. One exchange of a few
+        vocab_shard: :class:`fastkd.VocabShard`: weights and biases (or ``teacher_logits``) hold this rank's columns of
+            the vocabulary, and padding behind them; everything else is the same on every rank. One exchange of a few
             numbers a token, or two, as for :func:`fastkd.kd_loss`, in each chunk. The gradient of the hidden states is
             that of the whole vocabulary on every rank: forward adds up the ranks' parts (one all-reduce, N x H), as the
             backward of a column-parallel layer does, so do not reduce it again. The weight's and the bias's stay where

@@ -34,9 +34,7 @@ def _check_like(name: str, x: Tensor, like_name: str, like: Tensor, any_dtype: b
         )
 
 
-def check_head(
-    model: str, hidden: object, weight: object, bias: object, autocast: bool, least: int = 1
-) -> None:
+def check_head(model: str, hidden: object, weight: object, bias: object, autocast: bool, least: int = 1) -> None:
     """Hidden states ``(..., H)``, weight ``(V, H)`` and bias ``(V)`` of ``model``: "student" or "teacher"."""
     _check_tensor(f"{model}_hidden", hidden, None, "(..., H)")
     _check_tensor(f"{model}_weight", weight, 2, "(V, H)")
@@ -56,9 +54,7 @@ def check_head(
     _check_like(f"{model}_bias", bias, f"{model}_weight", weight, autocast)
 
 
-def check_teacher(
-    hidden: object, weight: object, bias: object, logits: object, autocast: bool, least: int = 1
-) -> None:
+def check_teacher(hidden: object, weight: object, bias: object, logits: object, autocast: bool, least: int = 1) -> None:
     """Either hidden states and head, or logits; none of them requires grad."""
     if logits is None:
         if hidden is None or weight is None:

@@ -61,8 +61,8 @@ def group_of(shard: VocabShard) -> Any:
 
 
 def misfit(shard: VocabShard, sizes: dict[str, int], unit: str = "columns") -> str:
-    """What is wrong with a rank's tensors of so many columns (or rows) each; "" where they hold the shard. Only this rank sees
-    it, so it is told to the others before it is raised."""
+    """What is wrong with a rank's tensors of so many columns (or rows) each; "" where they hold the shard. Only this
+    rank sees it, so it is told to the others before it is raised."""
     for name, size in sizes.items():
         if size < shard.width:
             return f"{name} has {size} {unit}, fewer than the {shard.width} of {words(shard)}"

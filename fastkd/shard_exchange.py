@@ -71,9 +71,9 @@ def _named(group: Any, what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
         raise RuntimeError(
-            f"vocab_shard: {what} failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)} of its group: a "
-            f"rank has ended, is late by more than the group's timeout, or has called with other sizes ({error})"
+            f"vocab_shard: {what} failed on rank {rank} of the {world} of its group: a rank has ended, is late by more than the group's timeout, or has called with other sizes ({error})"
         ) from error
 
 

@@ -24,11 +24,9 @@ def sharded_linear(call: Call, shard: VocabShard) -> tuple[Tensor, KDStats | Non
     if problem:
         tell_problem(call.student_hidden, call[7:17], call.backend, shard, group, problem)
     first = lambda x: None if x is None else x[: shard.width]  # noqa: E731
-    logits = call.teacher_logits
-    return fused_linear(
-        call._replace(
-            teacher_weight=first(call.teacher_weight), teacher_bias=first(call.teacher_bias),
-            teacher_logits=None if logits is None else logits[:, : shard.width],
-            start=shard.start, stop=shard.stop, group=group,
-        )  # fmt: skip
-    )
+    logits = None if call.teacher_logits is None else call.teacher_logits[:, : shard.width]
+    own = call._replace(
+        teacher_weight=first(call.teacher_weight), teacher_bias=first(call.teacher_bias), teacher_logits=logits,
+        start=shard.start, stop=shard.stop, group=group,
+    )  # fmt: skip
+    return fused_linear(own)

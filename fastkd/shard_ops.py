@@ -21,7 +21,7 @@ from .shard_rows import FIELDS, MIXED, Finished, empty_piece, finish, merge, nee
 def _group_named(name: str) -> Any:
     from torch.distributed.distributed_c10d import _resolve_process_group  # missing where torch has no distributed
 
-    return _resolve_process_group(name)
+    return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
 class Parts(NamedTuple):
@@ -315,11 +315,9 @@ def add_up(group: str, x: Tensor) -> None:
     add_up_of(_group_named(group), x)
 
 
-def tell_problem(
-    like: Tensor, arguments: tuple, backend: str, shard: VocabShard, group: str, problem: str
-) -> None:
+def tell_problem(like: Tensor, arguments: tuple, backend: str, shard: VocabShard, group: str, problem: str) -> None:
     """Raises the problem of this rank, on the others too; like and arguments as for operators_for."""
-    call = Call(like, like, *arguments, backend, shard.start, shard.stop, group, False)
+    call = Call._make((like, like, *arguments, backend, shard.start, shard.stop, group, False))
     map_of(call, call.options(), problem)
 
 
@@ -331,7 +329,7 @@ def operators_for(
 
     def call_of(logits: Tensor, *rest: Any) -> Call:
         *others, with_gradient = rest
-        return Call(logits, *others, backend, start, stop, group, with_gradient)
+        return Call._make((logits, *others, backend, start, stop, group, with_gradient))
 
     def forward(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return shard_forward(call_of(logits, *rest))

@@ -38,7 +38,11 @@ def bounds(plan: str, vocab: int, world: int) -> list[tuple[int, int]]:
         width = -(-vocab // world)
         return [(min(rank * width, vocab), min((rank + 1) * width, vocab)) for rank in range(world)]
     if plan == "uneven":  # the last ranks have two columns each
-        cuts = [0, *(max(vocab // 3 + 1, vocab - 2 * (world - k)) if k > 1 else vocab // 3 + 1 for k in range(1, world)), vocab]
+        cuts = [
+            0,
+            *(max(vocab // 3 + 1, vocab - 2 * (world - k)) if k > 1 else vocab // 3 + 1 for k in range(1, world)),
+            vocab,
+        ]
     elif plan == "last":  # one rank has everything
         cuts = [0] * world + [vocab]
     else:

@@ -122,7 +122,6 @@ ERRORS: dict[str, Callable] = {
     "rows": _first_call(rows=lambda r, w: N + (r == 1)),
     "divergence": _first_call(divergence=lambda r, w: "jsd" if r == 1 else "forward_kl"),
     "temperature": _first_call(temperature=lambda r, w: 1.0 + (r == 1)),
-    
     "temperature later": _later_call(temperature=lambda r, w: 1.0 + (r == 1)),
     "more rows later": _later_call(rows=lambda r, w: N + 100 * (r == 1)),
     "fewer rows later": _later_call(rows=lambda r, w: N - (r == 1)),
