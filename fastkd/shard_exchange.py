@@ -73,7 +73,8 @@ def _named(group: Any, what: str) -> Iterator[None]:
     except RuntimeError as error:
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         raise RuntimeError(
-            f"vocab_shard: {what} failed on rank {rank} of the {world} of its group: a rank has ended, is late by more than the group's timeout, or has called with other sizes ({error})"
+            f"vocab_shard: {what} failed on rank {rank} of the {world} of its group: a rank has ended, is late by "
+            f"more than the group's timeout, or has called with other sizes ({error})"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import linear_cases
@@ -38,18 +39,15 @@ def bounds(plan: str, vocab: int, world: int) -> list[tuple[int, int]]:
         width = -(-vocab // world)
         return [(min(rank * width, vocab), min((rank + 1) * width, vocab)) for rank in range(world)]
     if plan == "uneven":  # the last ranks have two columns each
-        cuts = [
-            0,
-            *(max(vocab // 3 + 1, vocab - 2 * (world - k)) if k > 1 else vocab // 3 + 1 for k in range(1, world)),
-            vocab,
-        ]
+        late = [max(vocab // 3 + 1, vocab - 2 * (world - k)) for k in range(2, world)]
+        cuts = [0, vocab // 3 + 1, *late, vocab]
     elif plan == "last":  # one rank has everything
         cuts = [0] * world + [vocab]
     else:
         assert plan == "first"
         cuts = [0] + [vocab] * world
     cuts = [min(max(cut, 0), vocab) for cut in cuts]
-    return list(zip(cuts, cuts[1:]))
+    return list(pairwise(cuts))
 
 
 def shards(plan: str, vocab: int, world: int) -> list[tuple[int, int]]:

@@ -146,6 +146,16 @@ BAD = {
     "ignore_index float": _bad(TypeError, "ignore_index", "float", "int", ignore_index=-100.0),
     "ignore_index None": _bad(TypeError, "ignore_index", "NoneType", "int", ignore_index=None),
     "scale_by_t2 int": _bad(TypeError, "scale_by_t2", "int", "bool", scale_by_t2=1),
+    "vocab_shard tuple": _bad(TypeError, "vocab_shard", "(0, 7)", "VocabShard", vocab_shard=lambda: (0, 7)),
+    "shard start": _bad(
+        TypeError, "vocab_shard.start", "float", "int", vocab_shard=lambda: fastkd.VocabShard(0.0, 7)
+    ),
+    "shard backwards": _bad(
+        ValueError, "vocab_shard", "start=7", "stop=3", "<=", vocab_shard=lambda: fastkd.VocabShard(7, 3)
+    ),
+    "shard group": _bad(
+        TypeError, "vocab_shard.group", "str", "ProcessGroup", vocab_shard=lambda: fastkd.VocabShard(0, 7, "tp")
+    ),
     "inplace str": _bad(TypeError, "inplace", "str", "bool", inplace="yes"),
     "return_stats None": _bad(TypeError, "return_stats", "NoneType", "bool", return_stats=None),
     # per-token weights
@@ -206,6 +216,11 @@ def test_nothing_is_written_when_a_value_is_wrong(native: str) -> None:
     with pytest.raises(ValueError, match=r"labels"):
         fastkd.kd_loss(logits, _logits(), labels, inplace=True, backend=native)
     assert torch.equal(logits, before)
+
+
+def test_shard_without_a_process_group() -> None:
+    with pytest.raises(RuntimeError, match=r"vocab_shard.*group=None.*init_process_group"):
+        fastkd.kd_loss(_logits(), _logits(), vocab_shard=fastkd.VocabShard(0, V))
 
 
 class TestInplace:
