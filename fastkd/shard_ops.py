@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops, shard_eager
+from . import checks, ops, shard_eager, shard_native
 from .options import Options
 from .shard import VocabShard, accumulator_dtype
 from .shard_eager import Piece, Row
@@ -29,13 +29,15 @@ class Parts(NamedTuple):
 
     sums: Callable[[Piece], Tensor]
     terms: Callable[[Piece, dict[str, Tensor]], Tensor]
-    gradient: Callable[[Piece, Row, Tensor | None], Tensor]
+    gradient: Callable[[Piece, Row, Tensor | None], Tensor]  # into, where given: the student's logits
     devices: tuple[str, ...] | None  # types; None: any
 
 
 registered: dict[str, Parts] = {
     "eager": Parts(shard_eager.sums, shard_eager.terms, shard_eager.gradient, None),
 }
+if not ops.load_error:
+    registered["native"] = Parts(shard_native.sums, shard_native.terms, shard_native.gradient, ("cpu",))
 
 
 def _rescaled(gradient: Tensor, upstream: Tensor, pending: Tensor) -> Tensor:
@@ -307,7 +309,8 @@ class _Loss(torch.autograd.Function):
         if upstream is None:
             return None, None, None
         gradient, pending = ctx.saved_tensors
-        return ops.rescaled(rescaling(ctx.backend), gradient, upstream, pending), None, None
+        backend = ctx.backend if gradient.numel() else "eager"  # no kernel takes rows without columns
+        return ops.rescaled(rescaling(backend), gradient, upstream, pending), None, None
 
 
 def add_up(group: str, x: Tensor) -> None:

@@ -39,6 +39,7 @@ CORE_ORDER = (
     {"cuda", "eager", "ops", "shard_rows", "sparse_checks"},
     {"triton"},
     {"shard_eager", "sparse_eager", "sparse_ops"},
+    {"shard_native"},
     {"shard_ops"},
     {"backends", "linear_chunks", "shard_loss"},
     {"functional", "linear_eager", "shard_linear", "sparse"},

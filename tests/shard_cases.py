@@ -211,6 +211,6 @@ def linear_upstream(case: LinearShardCase) -> Tensor | None:
 
 def cases() -> dict[str, ShardCase]:
     """By name."""
-    found = _cases("eager")
+    found = _cases("eager") + _cases("native")
     found.append(ShardCase(Case("fp64", student_dtype=FP64, teacher_dtype=FP64), EVERYTHING, backend="auto"))
     return {case.name: case for case in found}

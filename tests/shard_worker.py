@@ -122,6 +122,7 @@ ERRORS: dict[str, Callable] = {
     "rows": _first_call(rows=lambda r, w: N + (r == 1)),
     "divergence": _first_call(divergence=lambda r, w: "jsd" if r == 1 else "forward_kl"),
     "temperature": _first_call(temperature=lambda r, w: 1.0 + (r == 1)),
+    "backend": _first_call(backend=lambda r, w: "eager" if r == 1 else "native"),
     "temperature later": _later_call(temperature=lambda r, w: 1.0 + (r == 1)),
     "more rows later": _later_call(rows=lambda r, w: N + 100 * (r == 1)),
     "fewer rows later": _later_call(rows=lambda r, w: N - (r == 1)),
@@ -150,6 +151,7 @@ def _after_a_death(rank: int, world: int, group: Any, save: Callable) -> tuple[s
 
 def work(rank: int, world: int, folder: str) -> None:
     """Everything; the results of the rank go into a file."""
+    faulthandler.enable()
     faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
@@ -163,6 +165,7 @@ def work(rank: int, world: int, folder: str) -> None:
     groups = {name: dist.new_group(timeout=patient) for name in [*ERRORS, "death"]}
     for name, call in ERRORS.items():
         results["errors"][name] = _refused(call, rank, world, groups[name])
+        dist.barrier()  # of the patient default group: the next one begins at the same time everywhere
     save = lambda: torch.save(results, Path(folder) / f"{rank}.pt")  # noqa: E731
     results["errors"]["death"] = _after_a_death(rank, world, groups["death"], save)
     save()

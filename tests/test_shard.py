@@ -135,6 +135,7 @@ WORDS = {
     "rows": ("ValueError", "same rows", "6 on rank 0", "7 on rank 1"),
     "divergence": ("ValueError", "same divergence", "'forward_kl' on rank 0", "'jsd' on rank 1"),
     "temperature": ("ValueError", "same temperature", "1.0 on rank 0", "2.0 on rank 1"),
+    "backend": ("ValueError", "same backend", "'native' on rank 0", "'eager' on rank 1"),
     "temperature later": ("RuntimeError", "different arguments", "temperature="),
     "more rows later": ("RuntimeError", "different arguments", "rows="),
     "fewer rows later": ("RuntimeError", "different arguments", "rows="),

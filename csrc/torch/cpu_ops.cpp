@@ -2,8 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../kernels/cpu/isa.h"
+#include "../kernels/cpu/shard_launch.h"
 #include "../kernels/cpu/sparse_launch.h"
 #include "fresh_gradient.h"
+#include "shard_arguments.h"
 #include "sparse_arguments.h"
 
 namespace fastkd {
@@ -66,6 +68,12 @@ struct Cpu {
     });
   }
 
+  static void shard(const ShardCall& call) {
+    const char* isa_error = "";
+    STD_TORCH_CHECK(selected_kernels(&isa_error), isa_error);
+    run_shard_cpu(call, torch_threads());
+  }
+
   static void rescale(Rows source, Rows target, const Tensor& gradient, const Tensor& upstream, const Tensor& pending) {
     RescaleParams p;
     const RescaleTensors kept = fill_rescale(p, source, target, gradient, upstream, pending);
@@ -86,4 +94,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   using Sparse = fastkd::SparseOperators<fastkd::Cpu, fastkd::lingering_gradient>;
   m.impl("sparse_forward", TORCH_BOX(&Sparse::sparse_forward));
   m.impl("sparse_forward_", TORCH_BOX(&Sparse::sparse_forward_));
+  using Shard = fastkd::ShardOperators<fastkd::Cpu, fastkd::lingering_gradient>;
+  m.impl("shard_sums", TORCH_BOX(&Shard::shard_sums));
+  m.impl("shard_terms", TORCH_BOX(&Shard::shard_terms));
+  m.impl("shard_gradient", TORCH_BOX(&Shard::shard_gradient));
+  m.impl("shard_gradient_", TORCH_BOX(&Shard::shard_gradient_));
 }

@@ -25,6 +25,12 @@
   "Tensor? num_items, Tensor scalars, str tail, str divergence, bool scale_by_t2, int ignore_index, "           \
   "str reduction, bool with_stats"
 
+// The columns of one process: labels (N) int64, a column of the shard, 0 where another has it, -1 at ignored rows;
+// first_column of `vocabulary`; columns: how many of the logits' are no padding.
+#define FASTKD_SHARD_ARGUMENTS                                                                    \
+  "Tensor teacher_logits, Tensor? labels, Tensor? temperatures, Tensor scalars, str divergence, " \
+  "bool scale_by_t2, bool with_stats, int first_column, int columns, int vocabulary"
+
 STABLE_TORCH_LIBRARY(fastkd, m) {
   // -> loss, gradient (empty without with_gradient), pending scale of the gradient, stats (5, ...) or empty
   m.def("kd_forward(Tensor student_logits, " FASTKD_LOSS_ARGUMENTS
@@ -35,6 +41,12 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def("sparse_forward(Tensor student_logits, " FASTKD_SPARSE_ARGUMENTS
         ", bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("sparse_forward_(Tensor(a!) student_logits, " FASTKD_SPARSE_ARGUMENTS ") -> (Tensor, Tensor, Tensor)");
+  // -> sums of the piece (13, N), in the order of csrc/kernels/shard_params.h
+  m.def("shard_sums(Tensor student_logits, " FASTKD_SHARD_ARGUMENTS ") -> Tensor");
+  // rows (10, N): what the whole row is known by. -> sums of term and dlogq over the piece (2, N); the gradient
+  m.def("shard_terms(Tensor student_logits, " FASTKD_SHARD_ARGUMENTS ", Tensor rows) -> Tensor");
+  m.def("shard_gradient(Tensor student_logits, " FASTKD_SHARD_ARGUMENTS ", Tensor rows) -> Tensor");
+  m.def("shard_gradient_(Tensor(a!) student_logits, " FASTKD_SHARD_ARGUMENTS ", Tensor rows) -> ()");
   // gradient * upstream * pending, row by row; upstream is 0-d or (...)
   m.def("kd_rescale(Tensor gradient, Tensor upstream, Tensor pending) -> Tensor");
   m.def("kd_rescale_(Tensor(a!) gradient, Tensor upstream, Tensor pending) -> ()");

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../params.h"
+#include "../shard_params.h"
 #include "../sparse_params.h"
 
 namespace fastkd {
@@ -35,6 +36,8 @@ struct CpuKernels {
   void (*rescale)(const RescaleParams&, int64_t begin, int64_t end);
   // one row that is not ignored; by all threads of the executor, or by the calling one alone where there is none
   void (*sparse_row)(const LossParams&, int64_t row, const SparseRow&, const SparseScratch&, const Executor*);
+  // one row of a shard, ignored or not, likewise
+  void (*shard_row)(const ShardCall&, int64_t row, const RowScratch&, const Executor*);
 };
 
 extern const CpuKernels kBaselineKernels, kAvx2Kernels, kAvx512Kernels;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "row_kernel.h"
+#include "shard_row.h"
 #include "sparse_row.h"
 
 namespace fastkd {
@@ -74,6 +75,7 @@ void run_rescale(const RescaleParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const CpuKernels FASTKD_KERNELS = {FASTKD_ISA_NAME, kLanes, run_rows, run_shared_row, run_rescale, run_sparse_row};
+const CpuKernels FASTKD_KERNELS = {FASTKD_ISA_NAME, kLanes,         run_rows,     run_shared_row,
+                                   run_rescale,     run_sparse_row, run_shard_row};
 
 }  // namespace fastkd

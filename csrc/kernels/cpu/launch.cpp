@@ -60,6 +60,8 @@ thread_local ThreadScratch thread_scratch;
 
 }  // namespace
 
+RowScratch scratch_of_thread(int64_t columns) { return thread_scratch.for_columns(columns); }
+
 Status check_values(const LossParams& p) {
   for (int64_t n = 0; n < p.rows; ++n) {
     if (p.ignored(n)) continue;
@@ -86,6 +88,10 @@ double normaliser(const LossCall& call) {
   return denominator == 0 ? 1 : 1 / denominator;
 }
 
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
 // A fresh gradient is first touched by the threads that write it; most of its cost would be 4 KiB page faults.
 void advise_huge_pages(const LossParams& p) {
 #if defined(__linux__)
@@ -99,10 +105,6 @@ void advise_huge_pages(const LossParams& p) {
   (void)p;
 #endif
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-}  // namespace
 
 int64_t serial_rows(int64_t columns) { return divide_up(kSerialColumns, columns); }
 
@@ -173,7 +175,7 @@ void run_rescale_cpu(const RescaleParams& params, const Executor& executor) {
   const auto body = [](void* c, int64_t begin, int64_t end) {
     static_cast<Context*>(c)->kernels.rescale(static_cast<Context*>(c)->params, begin, end);
   };
-  if (params.rows > 0) executor.run(params.rows, serial_rows(params.columns), body, &context);
+  if (params.rows > 0 && params.columns > 0) executor.run(params.rows, serial_rows(params.columns), body, &context);
 }
 
 }  // namespace fastkd

@@ -28,6 +28,12 @@ void run_call_cpu(LossCall call, const RowRunner& rows, const Executor& executor
 // Whether threads should share each row instead of taking rows of their own: in blocks of the busiest thread's work.
 bool rows_are_shared(const LossParams& params, int threads);
 
+// Memory of a row on the calling thread, kept between calls.
+RowScratch scratch_of_thread(int64_t columns);
+
+// For a fresh gradient, which is first touched by the threads that write it.
+void advise_huge_pages(const LossParams& params);
+
 // Rows below which waking a second thread costs more than it saves.
 int64_t serial_rows(int64_t columns);
 
