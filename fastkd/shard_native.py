@@ -30,8 +30,8 @@ def sums(piece: Piece) -> Tensor:
     """(F, N), in the order of FIELDS."""
     found = torch.ops.fastkd.shard_sums(piece.student, *_arguments(piece, piece.shard.stop))
     if piece.hard:  # the kernels read some column's logit where the label is elsewhere
-        label = found[FIELDS.index("label")]
-        label.masked_fill_(~piece.owned, torch.nan)
+        assert piece.owned is not None
+        found[FIELDS.index("label")].masked_fill_(~piece.owned, torch.nan)
     return found
 
 
