@@ -208,7 +208,7 @@ def _cuda_built() -> str:
     """Whether the extension has CUDA kernels, and whether anything runs them here."""
     architectures = ops.cuda_architectures()
     if not architectures:
-        return "no CUDA kernels: no CUDA toolkit was found when it was built (FASTKD_CUDA=1 insists on one)"
+        return "no CUDA kernels: built without a CUDA toolkit, or with FASTKD_CUDA=0 (FASTKD_CUDA=1 insists on them)"
     if torch.cuda.is_available():
         state = f"{torch.cuda.device_count()} device(s) here"
     else:

@@ -38,6 +38,12 @@ def test_links_resolve(name: str) -> None:
             assert (path.parent / link).exists(), f"{name} links to {link}"
 
 
+def test_memory_table() -> None:
+    done = subprocess.run([sys.executable, ROOT / "bench" / "memory_table.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 10 and done.stdout in README
+
+
 def test_commands_exist() -> None:
     named = set(re.findall(r"(?:^ {4}|`)fastkd ([a-z-]+)\b", README, re.MULTILINE))
     assert {"bench", "distill"} <= named <= COMMANDS
