@@ -14,6 +14,7 @@ from .eager import eager_kd_loss
 from .ops import fused_kd_loss
 from .options import Options, check_options
 from .shard import VocabShard, check_vocab_shard
+from .shard_dtensor import is_dtensor, kd_loss_of_dtensors
 from .shard_loss import sharded_kd_loss
 from .stats import KDStats
 
@@ -91,7 +92,9 @@ def kd_loss(
             a process group share: ``student_logits`` and ``teacher_logits`` hold those, and padding behind them; the
             other arguments are the same on every rank (labels are columns of the whole vocabulary), and so are loss and
             statistics, bit by bit. One all-gather of a few numbers a token, two for the divergences that are no
-            Kullback-Leibler divergence of the two models; none in backward.
+            Kullback-Leibler divergence of the two models; none in backward. DTensors need no ``vocab_shard``: with
+            ``Shard(-1)`` for the vocabulary and ``Shard`` for rows the loss is that of the whole tensors on every rank,
+            results per token are those of the rank's rows, and the gradient has the placements of the logits.
         return_stats: also return :class:`fastkd.KDStats` from the same pass.
         backend: ``auto``, ``native``, ``triton`` or ``eager``; see :func:`fastkd.explain`.
 
@@ -109,6 +112,16 @@ def kd_loss(
             ``vocab_shard``, on every rank: one that has ended, that is late by more than its group's timeout, or that
             called with other arguments (on accelerators, where no call waits for a look, NaN after the first call).
     """
+    if is_dtensor(student_logits) or is_dtensor(teacher_logits):
+        keywords = {
+            "divergence": divergence, "beta": beta, "temperature": temperature, "scale_by_t2": scale_by_t2,
+            "kd_weight": kd_weight, "ce_weight": ce_weight, "label_smoothing": label_smoothing, "z_loss": z_loss,
+            "student_softcap": student_softcap, "teacher_softcap": teacher_softcap, "ignore_index": ignore_index,
+            "token_weights": token_weights, "reduction": reduction, "num_items_in_batch": num_items_in_batch,
+            "vocab": vocab, "inplace": inplace, "vocab_shard": vocab_shard, "return_stats": return_stats,
+            "backend": backend,
+        }  # fmt: skip
+        return kd_loss_of_dtensors(kd_loss, student_logits, teacher_logits, labels, keywords)
     temperatures = temperature if isinstance(temperature, Tensor) else None
     options = Options(
         divergence, beta, 1.0 if isinstance(temperature, Tensor) else temperature, scale_by_t2, kd_weight, ce_weight,

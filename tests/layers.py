@@ -35,7 +35,7 @@ ALSO_MAY_IMPORT = {"triton": {"triton"}}
 CORE_ORDER = (
     {"_C"},
     {"checks", "divergence", "linear_rows", "products", "shard", "stats"},
-    {"linear_checks", "options", "shard_exchange", "topk"},
+    {"linear_checks", "options", "shard_dtensor", "shard_exchange", "topk"},
     {"cuda", "eager", "ops", "shard_rows", "sparse_checks"},
     {"triton"},
     {"shard_eager", "sparse_eager", "sparse_ops"},

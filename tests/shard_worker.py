@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import shard_cases
+import shard_dtensors
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -160,6 +161,8 @@ def work(rank: int, world: int, folder: str) -> None:
         results["cases"][name] = shard_cases.run_rank(case, rank, world)
     for name, linear in shard_cases.linear_shard_cases().items():
         results["cases"][f"linear {name}"] = shard_cases.run_linear_rank(linear, rank, world)
+    for name, of_mesh in shard_dtensors.CASES.items():
+        results["cases"][f"DTensor {name}"] = shard_dtensors.run_rank(of_mesh, world)
     results["traffic"] = traffic(rank, world)
     patient = timedelta(seconds=TIMEOUT)
     groups = {name: dist.new_group(timeout=patient) for name in [*ERRORS, "death"]}

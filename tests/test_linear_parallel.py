@@ -1,4 +1,5 @@
-"""linear_kd_loss on two gloo processes: what their parts give is what one process gives for the whole batch."""
+"""kd_loss and linear_kd_loss on two gloo processes: what their parts give is what one process gives for the whole
+batch."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd import LinearKDLoss
+from fastkd import KDLoss, LinearKDLoss
 
 WORLD, ROWS, WIDTH, VOCAB = 2, 24, 8, 101
 # rows of each rank and accumulation step: uneven, and one with no label at all
@@ -23,18 +24,20 @@ PARTS = [[slice(0, 9), slice(9, 11)], [slice(11, 12), slice(12, 24)]]
 class Student(nn.Module):
     """A body, a head, and the loss inside the forward, where FSDP2 has gathered the head."""
 
-    def __init__(self) -> None:
+    def __init__(self, linear: bool = True) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.body, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCAB)
-        self.criterion = LinearKDLoss(chunk_size=4, temperature=2.0, ce_weight=0.5)
+        options = {"temperature": 2.0, "ce_weight": 0.5}
+        self.criterion = LinearKDLoss(chunk_size=4, **options) if linear else KDLoss(**options)
 
     def forward(self, x: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor, items: Tensor) -> Tensor:
         hidden = torch.tanh(self.body(x))
-        bias = self.head.bias
-        loss = self.criterion(
-            hidden, self.head.weight, teacher, teacher_weight, labels, student_bias=bias, num_items_in_batch=items
-        )
+        if isinstance(self.criterion, KDLoss):
+            loss = self.criterion(self.head(hidden), teacher @ teacher_weight.t(), labels, num_items_in_batch=items)
+        else:
+            head = (self.head.weight, teacher, teacher_weight, labels)
+            loss = self.criterion(hidden, *head, student_bias=self.head.bias, num_items_in_batch=items)
         assert isinstance(loss, Tensor)
         return loss
 
@@ -49,8 +52,8 @@ def _batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, teacher, torch.randn(VOCAB, WIDTH, generator=g), labels
 
 
-def _whole() -> dict[str, Tensor]:
-    student, (x, teacher, weight, labels) = Student(), _batch()
+def _whole(linear: bool) -> dict[str, Tensor]:
+    student, (x, teacher, weight, labels) = Student(linear), _batch()
     loss = student(x, teacher, weight, labels, (labels != -100).sum())
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in student.named_parameters() if p.grad is not None}}
@@ -79,8 +82,8 @@ def _accumulate(student: nn.Module, rank: int, hold: Callable[[bool], None]) -> 
     return total
 
 
-def _ddp(rank: int) -> dict[str, Tensor]:
-    student = DistributedDataParallel(Student())
+def _ddp(rank: int, linear: bool) -> dict[str, Tensor]:
+    student = DistributedDataParallel(Student(linear))
     reductions = []
 
     def count(_, bucket):
@@ -98,8 +101,8 @@ def _ddp(rank: int) -> dict[str, Tensor]:
     return {"loss": loss, **{name: p.grad for name, p in student.module.named_parameters() if p.grad is not None}}
 
 
-def _fsdp2(rank: int) -> dict[str, Tensor]:
-    student = fully_shard(Student())
+def _fsdp2(rank: int, linear: bool) -> dict[str, Tensor]:
+    student = fully_shard(Student(linear))
     loss = _accumulate(student, rank, student.set_requires_gradient_sync)
     assert student.head.weight.grad.to_local().shape[0] < VOCAB  # type: ignore[operator]
     gradients = {name: p.grad.full_tensor() for name, p in student.named_parameters() if p.grad is not None}
@@ -113,8 +116,7 @@ def _process(rank: int, how: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     try:
-        result = RUNS[how](rank)
-        torch.save(result, f"{folder}/{rank}.pt")
+        torch.save([RUNS[how](rank, linear) for linear in (True, False)], f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -123,12 +125,14 @@ def _process(rank: int, how: str, folder: str) -> None:
 def test_parts_of_ranks_and_steps_add_up_to_the_whole(how: str, tmp_path: Path) -> None:
     """num_items_in_batch over ranks and accumulation steps, with parts of unequal size, one of them without a label."""
     mp.spawn(_process, (how, str(tmp_path)), nprocs=WORLD)
-    whole = _whole()
-    for rank in range(WORLD):
-        result = torch.load(tmp_path / f"{rank}.pt")
-        assert result.keys() == whole.keys()
-        for name, value in whole.items():
-            torch.testing.assert_close(result[name], value, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
+    for number, linear in enumerate((True, False)):
+        whole = _whole(linear)
+        for result in results:
+            assert result[number].keys() == whole.keys()
+            for name, value in whole.items():
+                message = lambda m, n=name: f"{n}, {'linear_' * linear}kd_loss: {m}"  # noqa: E731
+                torch.testing.assert_close(result[number][name], value, rtol=1e-5, atol=1e-7, msg=message)
 
 
 def test_the_mean_of_each_part_would_not_add_up() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import linear_cases
 import pytest
 import shard_cases
+import shard_dtensors
 import torch
 from inputs import IGNORE, Outcome, reference_of, run_backend
 from reference import DIVERGENCES
@@ -109,6 +110,21 @@ def test_linear_is_the_loss_of_the_whole_heads(name: str, world: int) -> None:
         return
     outcome = linear_cases.Outcome(ranks[0]["loss"], tuple(whole), None)
     linear_cases.assert_right(problem, outcome, shard_cases.linear_upstream(case), **case.options)
+
+
+@pytest.mark.parametrize("name", shard_dtensors.CASES)
+def test_dtensors_are_taken_as_they_lie(name: str, world: int) -> None:
+    """The loss of the whole tensors on every rank; the worker checks that the gradient has the logits' placements."""
+    case = shard_dtensors.CASES[name]
+    inputs, keywords = shard_dtensors.whole(case)
+    options = {k: v for k, v in keywords.items() if k != "return_stats"}
+    expected = reference_of(inputs, options)
+    eager = run_backend(inputs, {**options, "backend": "eager"}, in_fp32=True)
+    for result in _results(world):
+        rank = result["cases"][f"DTensor {name}"]
+        assert (rank is None) == (len(case.axes) == 2 and world == 2)
+        if rank is not None:
+            assert_close_to_reference(Outcome(rank["loss"], rank["gradient"], None), expected, eager, roundings=2)
 
 
 FLOATS = {  # a token that each rank sends, in each exchange
