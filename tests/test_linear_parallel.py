@@ -131,7 +131,7 @@ def test_parts_of_ranks_and_steps_add_up_to_the_whole(how: str, tmp_path: Path) 
         for result in results:
             assert result[number].keys() == whole.keys()
             for name, value in whole.items():
-                message = lambda m, n=name: f"{n}, {'linear_' * linear}kd_loss: {m}"  # noqa: E731
+                message = lambda m, n=name, k=linear: f"{n}, linear {k}: {m}"  # noqa: E731
                 torch.testing.assert_close(result[number][name], value, rtol=1e-5, atol=1e-7, msg=message)
 
 

@@ -124,10 +124,8 @@ def test_operators(rows, backend: str, native: str) -> None:
 
     student, teacher, labels = rows
     scalars, name = scalars_of(Options(ce_weight=0.5)), group_of(SHARD).group_name
-    arguments = (
-        student, teacher, labels, None, None, None, scalars, "forward_kl", True, -100, "mean", True, backend, 0, V, name,
-        True,
-    )  # fmt: skip
+    shard = (backend, 0, V, name, True)
+    arguments = (student, teacher, labels, None, None, None, scalars, "forward_kl", True, -100, "mean", True, *shard)
     torch.library.opcheck(torch.ops.fastkd.shard_kd.default, arguments)
 
 
@@ -171,7 +169,7 @@ def test_who_computes(native: str) -> None:
     assert "vocab_shard: cpu" in fastkd.backends().reasons["native"]
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run"):
         kd_loss(x, x, vocab_shard=SHARD, backend="triton")
-    with pytest.raises(TypeError, match="vocab_shard must be None or a fastkd.VocabShard"):
+    with pytest.raises(TypeError, match=r"vocab_shard must be None or a fastkd\.VocabShard"):
         fastkd.explain(x, x, vocab_shard=(0, V))  # type: ignore[arg-type]
 
 
