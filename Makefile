@@ -2,8 +2,10 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# The torch to build and test with. Users keep their own; development and CI pin one.
-FASTKD_TORCH ?= torch==2.13.0
+# The torch to build and test with, and the triton that pairs with it: tests read the registers that its compilers
+# allocate, and the next ones allocate others. Users keep their own; development and CI pin one.
+FASTKD_TORCH  ?= torch==2.13.0
+FASTKD_TRITON ?= triton==3.7.1
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
@@ -37,8 +39,8 @@ clean: ## remove what was built, downloaded and measured
 	rm -rf $(VENV) build dist runs .data .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} + ; rm -f fastkd/*.so
 
-# The stamp holds the requirement: another FASTKD_TORCH than before is installed over it.
-ifneq ($(shell cat $(VENV)/torch.stamp 2>/dev/null),$(FASTKD_TORCH))
+# The stamp holds the requirements: others than before are installed over them.
+ifneq ($(shell cat $(VENV)/torch.stamp 2>/dev/null),$(FASTKD_TORCH) $(FASTKD_TRITON))
 .PHONY: $(VENV)/torch.stamp
 endif
 
@@ -49,14 +51,15 @@ $(VENV)/torch.stamp:
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { echo \
 	  "$(PYTHON) -m venv $(VENV) fails; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@$(PIP) install "$(FASTKD_TORCH)" ninja "setuptools>=77" wheel
-	@echo "$(FASTKD_TORCH)" > $@
+	@echo "$(FASTKD_TORCH) $(FASTKD_TRITON)" > $@
 
 # fastkd with the packages of an extra: again where a source is newer or pyproject.toml is.
 $(VENV)/test.stamp: EXTRA := test
+$(VENV)/test.stamp: PINS = "$(FASTKD_TORCH)" "$(FASTKD_TRITON); platform_system == 'Linux'"
 $(VENV)/demo.stamp: EXTRA := trainer
 $(VENV)/test.stamp $(VENV)/demo.stamp: $(VENV)/torch.stamp $(SOURCES)
 	@echo "building fastkd[$(EXTRA)]"
-	@$(PIP) install --no-build-isolation -e ".[$(EXTRA)]"
+	@$(PIP) install --no-build-isolation -e ".[$(EXTRA)]" $(PINS)
 	@touch $@
 
 # its own requirements would bring an inference engine; the weights are all that is wanted

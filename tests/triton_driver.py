@@ -70,6 +70,7 @@ def compile_for(name: str) -> None:
     JITFunction.run = _compile_only
     driver.set_active(StubDriver(TARGETS[name]))
     launch.threads_per_warp = lambda device: TARGETS[name].warp_size
+    launch.limits_registers = lambda device: TARGETS[name].backend == "cuda"
     launches.clear()
 
 

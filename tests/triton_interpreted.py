@@ -193,6 +193,14 @@ def test_full_vocabulary(dtype: torch.dtype, divergence: str) -> None:
     assert_close_to_reference(run_backend(inputs, options), reference_of(inputs, options), eager, roundings=roundings)
 
 
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_a_limit_of_registers_is_for_nvidia_alone(device: str) -> None:
+    """The other compilers refuse an option that they do not know. All are told to fuse products and sums."""
+    options = launch._compiled_for(256, 80, torch.device(device))
+    limit = {"maxnreg": 80} if device == "cuda" else {}
+    assert options == {"num_warps": 8, "enable_fp_fusion": True, **limit}
+
+
 @pytest.mark.parametrize("processors", [1, 3, 132])
 def test_any_number_of_programs_a_row(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same loss and gradient whoever computes which blocks, and the same bits from run to run."""

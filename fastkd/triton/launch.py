@@ -17,7 +17,7 @@ INTERPRETED = not isinstance(
     kernels.sums_kernel, triton.JITFunction
 )  # the kernels are numpy: TRITON_INTERPRET was set at import
 ONE_SWEEP = ("forward_kl", "reverse_kl", "symmetric_kl")  # their value needs no second sweep
-TOTAL_BLOCK, TOTAL_WARPS = 4096, 8  # of the kernels with one program
+TOTAL_BLOCK, TOTAL_THREADS = 4096, 256  # of the kernels with one program
 
 
 class Rows(NamedTuple):
@@ -124,9 +124,13 @@ def rows_or_copy(x: Tensor) -> Rows:
 
 # --- the shape of a launch: pure functions --------------------------------------------------------------------------
 
-# Bytes of a student's logit -> block of the sweeps: 8 columns a thread, 16 or 32 bytes of each model in flight. Twice
-# as many spill on some architectures.
-SWEEP_BLOCKS = {2: Block(lanes=256, vector=8, threads=256), 4: Block(lanes=512, vector=4, threads=256)}
+# Bytes of a student's logit -> block of the sweeps: one lane of 16 bytes of each model a thread, the sums of one lane
+# in its registers. The sums of two spill on some architectures.
+SWEEP_BLOCKS = {2: Block(lanes=256, vector=8, threads=256), 4: Block(lanes=256, vector=4, threads=256)}
+# Registers a thread, of 65536 a multiprocessor: four programs of 256 threads, two with statistics or softcaps. Stated,
+# since a compiler left to itself may spill for an occupancy of its own choice. Neither limit is on the edge: at
+# most 56 are needed for the first, under 112 taken where 128 are allowed.
+PLAIN_REGISTERS, BUSY_REGISTERS = 80, 128
 MAX_RESIDENT = {2: 4096, 4: 4096}  # columns of a row that stays in registers without a spill
 RESIDENT_COLUMNS = 8  # per thread
 MAX_RESIDENT_THREADS = 512
@@ -166,9 +170,24 @@ def threads_per_warp(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "warp_size", 64)
 
 
-def _shape_of(block: Block, device: torch.device) -> dict[str, int]:
-    warps = max(1, block.threads // threads_per_warp(device))
-    return {"LANES": block.lanes, "VECTOR": block.vector, "num_warps": warps}
+@functools.cache
+def limits_registers(device: torch.device) -> bool:
+    """Whether Triton's compiler for the device takes a limit of registers: NVIDIA's alone."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _compiled_for(threads: int, registers: int, device: torch.device) -> dict[str, int | bool]:
+    """Options of the compiler. Products and sums are fused whatever Triton's default is, and it asks for no choice."""
+    options: dict[str, int | bool] = {"num_warps": max(1, threads // threads_per_warp(device))}
+    if limits_registers(device):
+        options["maxnreg"] = registers
+    return {**options, "enable_fp_fusion": True}
+
+
+def _shape_of(block: Block, device: torch.device, busy: bool) -> dict[str, int | bool]:
+    """busy: with what the sweeps have more registers for."""
+    registers = BUSY_REGISTERS if busy else PLAIN_REGISTERS
+    return {"LANES": block.lanes, "VECTOR": block.vector, **_compiled_for(block.threads, registers, device)}
 
 
 # --- launches -------------------------------------------------------------------------------------------------------
@@ -195,7 +214,7 @@ def _sweep(call: Call, row_loss: Tensor, stats: Tensor | None, scales: Tensor) -
     processors = processors_of(student.device)
     split = split_rows(call.rows, call.columns, block, processors)
     programs = (call.rows * split.splits,)
-    shape = _shape_of(block, student.device)
+    shape = _shape_of(block, student.device, call.capped or call.with_stats)
     inputs = (*call.student, *call.teacher)
     softening = (o.temperature, o.student_softcap, o.teacher_softcap)
     buffer = student.new_empty((call.rows, split.splits, pieces.FIELDS.value), dtype=torch.float32)
@@ -229,7 +248,7 @@ def _stay(call: Call, block: Block, row_loss: Tensor, stats: Tensor | None, scal
         *call.student, *call.teacher, *_flat(call.gradient), call.columns, call.gradient_columns, scales, row_loss,
         stats, call.labels, call.weights, call.temperatures, call.rows, call.ignore_index, o.temperature,
         o.student_softcap, o.teacher_softcap, *_options_of(call), DIVERGENCE=call.divergence, HARD=call.needs_hard,
-        CAPPED=call.capped, **_shape_of(block, call.student.data.device),
+        CAPPED=call.capped, **_shape_of(block, call.student.data.device, busy=True),
     )  # fmt: skip
 
 
@@ -243,7 +262,7 @@ def run_loss(call: Call) -> Outputs:
     loss = row_loss if call.reduction == "none" else new(())
     # fp16 keeps the gradient of the sum: (q - p) / N would underflow before a loss scaler could save it
     normalised = student.dtype != torch.float16
-    one_program = {"BLOCK": TOTAL_BLOCK, "num_warps": TOTAL_WARPS}
+    one_program = {"BLOCK": TOTAL_BLOCK, **_compiled_for(TOTAL_THREADS, BUSY_REGISTERS, student.device)}
     with _on(student.device):
         ends.scale_kernel[(1,)](
             scales, pending, call.labels, call.weights, call.num_items, call.rows, call.ignore_index,
@@ -273,5 +292,5 @@ def run_rescale(source: Rows, scaled: Rows, upstream: Tensor, pending: Tensor) -
     with _on(gradient.device):
         ends.rescale_kernel[(rows * split.splits,)](
             *source, *scaled, columns, upstream, int(upstream.dim() > 0), pending, *split,
-            INPLACE=source.data.data_ptr() == scaled.data.data_ptr(), **_shape_of(block, gradient.device),
+            INPLACE=source.data.data_ptr() == scaled.data.data_ptr(), **_shape_of(block, gradient.device, busy=False),
         )  # fmt: skip
