@@ -26,8 +26,8 @@ from fastkd.triton import launch
 _select = functional.select_backend
 
 
-def _triton_for_native(backend: str, student_logits: Tensor, teacher_logits: Tensor) -> str:
-    chosen = _select("triton" if backend == "native" else backend, student_logits, teacher_logits)
+def _triton_for_native(backend: str, *arguments: Tensor | bool) -> str:
+    chosen = _select("triton" if backend == "native" else backend, *arguments)
     return "triton" if chosen == "native" else chosen
 
 
