@@ -17,7 +17,7 @@ from torch.utils.cpp_extension import include_paths
 
 SIMT = harness.ROOT / "tests" / "simt"
 CSRC = harness.ROOT / "csrc"
-MACHINE = ("fiber", "shadow", "memory", "machine", "meeting", "access", "report")
+MACHINE = ("fiber", "shadow", "memory", "machine", "meeting", "phases", "access", "report")
 DIVERGENCES = ("forward_kl", "symmetric_kl", "jsd", "total_variation", "skew_forward_kl", "skew_reverse_kl")
 FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", f"-I{SIMT}", f"-I{SIMT / 'driver'}")
 PYTHON = (f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}")

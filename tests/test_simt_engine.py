@@ -18,6 +18,10 @@ LAUNCH = {
     "twice": {"grid": 24, "threads": 64},
     "rotate": {"grid": 96, "threads": 64, "shared_bytes": 256},
     "cluster_sums": {"grid": 2 * ROWS, "cluster": 2, "threads": 64, "shared_bytes": 144 + COLUMNS},
+    "pipeline": {"grid": ROWS, "threads": 128, "shared_bytes": 160 + COLUMNS},
+    "neighbours": {"grid": 2 * ROWS, "cluster": 2, "threads": 64, "shared_bytes": 32 + 2 * COLUMNS},
+    "two_phases": {"grid": ROWS, "threads": 96, "shared_bytes": 8},
+    "many_readers": {"grid": ROWS, "threads": 32, "shared_bytes": 4},
 }
 
 
@@ -63,6 +67,10 @@ EXPECTED = {
     "rotate": rotated,
     "row_sums": lambda x: x.sum(1),
     "cluster_sums": lambda x: x.sum(1),
+    "pipeline": lambda x: x.sum(1),
+    "neighbours": lambda x: x.sum(1),
+    "two_phases": lambda x: x.ravel()[:ROWS],
+    "many_readers": lambda x: x[:, 0],
 }
 
 
@@ -84,6 +92,9 @@ def test_in_place(simt: ModuleType, x: np.ndarray) -> None:
         assert report["errors"] == []
         np.testing.assert_array_equal(both, 2 * x)
 
+
+# what a ring goes through once its phases are out of step
+CASCADE = {"missing-wait", "missing-fence", "uninitialised", "race", "barrier-count", "barrier-bytes", "phase-missed", "deadlock"}
 
 # bug -> (kernel, checks of which each schedule makes one speak, part of the message, other options; `also` may speak)
 BUGS: dict[str, tuple[str, set[str], str, dict]] = {
@@ -117,6 +128,32 @@ BUGS: dict[str, tuple[str, set[str], str, dict]] = {
     "constant_read_of_written": ("twice", {"stale-read"}, "load_vector", {"in_place": True}),
     "raw_overrun": ("row_sums", {"fault"}, "behind the end of 'in'", {}),
     "stack_overflow": ("row_sums", {"fault"}, "behind the end of its stack", {}),
+    "phase_unmade": ("pipeline", {"uninitialised"}, "no barrier was made at byte 24", {}),
+    "phase_unfenced_init": ("pipeline", {"missing-fence"}, "to the barrier made at selftest_phases.cuh:", {}),
+    "phase_made_twice": ("pipeline", {"barrier-state"}, "phases_init", {}),
+    "phase_unordered_init": ("pipeline", {"uninitialised", "race"}, "selftest_phases.cuh:", {}),
+    "phase_missing_wait": ("pipeline", {"missing-wait", "uninitialised"}, "selftest_phases.cuh:", {"also": CASCADE}),
+    "phase_wrong_parity": ("pipeline", {"missing-wait", "uninitialised"}, "selftest_phases.cuh:", {"also": CASCADE}),
+    "phase_missing_expect": ("pipeline", {"barrier-bytes"}, "bytes", {"also": CASCADE}),
+    "phase_expect_more": ("pipeline", {"deadlock"}, "waits in phases_wait at selftest_phases.cuh:", {}),
+    "phase_expect_less": ("pipeline", {"barrier-bytes"}, "bytes", {"also": CASCADE}),
+    "phase_expect_too_much": ("pipeline", {"barrier-bytes"}, "expects 1048576 bytes", {}),
+    "phase_unarmed": ("pipeline", {"deadlock"}, "waits in phases_wait", {}),
+    "phase_reuse_early": ("pipeline", {"missing-wait", "race", "barrier-count"}, "thread 0", {"also": CASCADE}),
+    "phase_arrive_early": ("pipeline", {"missing-wait", "race"}, "selftest_phases.cuh:", {"also": CASCADE}),
+    "phase_arrive_twice": ("pipeline", {"barrier-count", "race", "missing-wait"}, "selftest_phases.cuh:", {"also": CASCADE}),
+    "phase_overwritten": ("pipeline", {"barrier-state"}, "shared_store", {}),
+    "bulk_misaligned": ("pipeline", {"misaligned"}, "not aligned to 16 bytes", {}),
+    "bulk_odd_size": ("pipeline", {"misaligned"}, "of 504 bytes", {}),
+    "bulk_source_written": ("pipeline", {"missing-wait"}, "may still be reading", {"in_place": True, "launch": {"grid": 1}}),
+    "bulk_at_exit": ("pipeline", {"missing-wait"}, "nobody has waited for the copy", {}),
+    "bulk_unfenced_write": ("pipeline", {"missing-fence"}, "with no fence_async between", {}),
+    "bulk_unseen_by_peers": ("neighbours", {"missing-wait"}, "peer_load", {"also": {"uninitialised"}}),
+    "named_missing": ("pipeline", {"race", "uninitialised"}, "shared memory", {}),
+    "named_counts": ("pipeline", {"divergent-barrier"}, "have come for", {}),
+    "named_absent": ("pipeline", {"deadlock"}, "waits in named_sync at selftest_phases.cuh:", {}),
+    "named_zero": ("pipeline", {"barrier-count"}, "named_arrive(0, 128)", {}),
+    "unordered_reader": ("many_readers", {"race"}, "word 0 of the shared memory", {}),
 }
 
 
@@ -144,7 +181,16 @@ def test_planted_bug_is_caught(simt: ModuleType, x: np.ndarray, bug: str) -> Non
 
 
 def test_every_bug_is_planted(simt: ModuleType) -> None:
-    assert set(simt.Bug.__members__) == {"none", *BUGS}
+    assert set(simt.Bug.__members__) == {"none", "phase_runs_ahead", *BUGS}
+
+
+def test_a_phase_that_runs_ahead(simt: ModuleType, x: np.ndarray) -> None:
+    """Threads that wait for the end of a phase see it, miss it or wait for ever, as the schedule has it."""
+    found = set()
+    for seed in SEEDS:
+        report, _ = run(simt, "two_phases", x, "phase_runs_ahead", seed)
+        found |= {check for check, _ in report["errors"]}
+    assert found == {"phase-missed", "deadlock"}
 
 
 def test_race_with_right_numbers(simt: ModuleType, x: np.ndarray) -> None:

@@ -55,6 +55,9 @@ const char* check_shared_read(Block& block, size_t offset, size_t bytes, const c
   };
   if (block.shadow->under_way(offset, bytes)) {
     m.note("missing-wait", m.name_of(*m.self) + ": " + where() + " while a copy there is under way");
+  } else if (block.shadow->by_bulk(offset, bytes) && m.unheard_bulk(block, offset, bytes)) {
+    m.note("missing-wait", m.name_of(*m.self) + ": " + where() + ", not having waited for the copy issued at " +
+                               m.unheard_bulk(block, offset, bytes)->site.text());
   } else if (!block.shadow->initialised(offset, bytes)) {
     m.note("uninitialised", m.name_of(*m.self) + ": " + where() + ", which nobody has written");
   }
@@ -62,13 +65,24 @@ const char* check_shared_read(Block& block, size_t offset, size_t bytes, const c
   return block.shared->data() + offset;
 }
 
+void check_not_under_way(const Block& block, size_t offset, size_t bytes, const char* word) {
+  Machine& m = *machine;
+  const bool under_way = block.shadow->under_way(offset, bytes);
+  if (!under_way && !(block.shadow->by_bulk(offset, bytes) && m.unheard_bulk(block, offset, bytes))) return;
+  m.note("missing-wait", m.name_of(*m.self) + ": " + word + " at " + m.self->site.text() + " to byte " +
+                             std::to_string(offset) + " of block " + std::to_string(block.index) +
+                             (under_way ? " while a copy there is under way" : ", not having waited for a copy there"));
+}
+
 void check_shared_write(size_t offset, size_t bytes, const char* word) {
   Machine& m = *machine;
   Block& block = *m.self->block;
-  if (block.shadow->under_way(offset, bytes)) {
-    m.note("missing-wait", m.name_of(*m.self) + ": " + word + " at " + m.self->site.text() + " to byte " +
-                               std::to_string(offset) + " of block " + std::to_string(block.index) +
-                               " while a copy there is under way");
+  check_not_under_way(block, offset, bytes, word);
+  for (size_t k = 0; k < block.barriers.size(); ++k) {
+    const PhaseBarrier& b = block.barriers[k];
+    if (b.offset >= offset + bytes || offset >= b.offset + sizeof(uint64_t)) continue;
+    m.fail("barrier-state", m.name_of(*m.self) + ": " + word + " at " + m.self->site.text() +
+                                " over the barrier made at " + b.site.text());
   }
   note_shared_race(block, block.shadow->record(offset, bytes, true, m.actor(), m.self->site), true);
 }
@@ -183,11 +197,84 @@ void write_global(void* to, const void* value, Extent extent, Site site) {
   if (buffer.shadow.read_as_constant(offset, bytes)) {
     m.note("stale-read", where() + "a load_vector of this launch has read");
   }
+  if (buffer.shadow.by_bulk(offset, bytes) && m.unheard_source(to, bytes)) {
+    m.note("missing-wait", where() + "the copy issued at " + m.unheard_source(to, bytes)->site.text() +
+                               " may still be reading");
+  }
   buffer.shadow.note_written(offset, bytes);
   note_global_race(buffer, buffer.shadow.record(offset, bytes, true, m.actor(), site), true);
   buffer.shadow.set_initialised(offset, bytes);
   buffer.counters.count(bytes, true);
   std::memcpy(to, value, bytes);
+}
+
+// Every word of a barrier but its making reads it, as far as other threads' stores are concerned.
+size_t touch_barrier(const void* barrier, const char* word) {
+  const size_t offset = shared_offset(barrier, {sizeof(uint64_t), sizeof(uint64_t)}, word);
+  Block& block = *machine->self->block;
+  const Conflict conflict = block.shadow->record(offset, sizeof(uint64_t), false, machine->actor(), machine->self->site);
+  note_shared_race(block, conflict, false);
+  return offset;
+}
+
+void init_phases(void* barrier, int arrivals, Site site) {
+  Machine& m = *machine;
+  m.step(site);
+  const size_t offset = shared_offset(barrier, {sizeof(uint64_t), sizeof(uint64_t)}, "phases_init");
+  Block& block = *m.self->block;
+  m.init_phases(offset, arrivals);
+  note_shared_race(block, block.shadow->record(offset, sizeof(uint64_t), true, m.actor(), site), true);
+}
+
+void arrive_at(void* barrier, int64_t bytes, Site site) {
+  machine->step(site);
+  machine->arrive_at(touch_barrier(barrier, "phases_arrive"), bytes);
+}
+
+void wait_for_phase(void* barrier, int parity, Site site) {
+  machine->step(site);
+  machine->wait_for_phase(touch_barrier(barrier, "phases_wait"), parity);
+}
+
+void fence_async(Site site) {
+  machine->step(site);
+  machine->fence_async();
+}
+
+void named_barrier(int id, int threads, bool waits, Site site) { machine->named_barrier(id, threads, waits, site); }
+
+// The end of the phase at which it arrives is all that tells when it has read, and written.
+void issue_bulk(void* shared, const void* global, int64_t bytes, void* barrier, Site site) {
+  Machine& m = *machine;
+  m.step(site);
+  const char* const word = "copy_bulk";
+  if (bytes < 16 || bytes % 16) {
+    m.fail("misaligned", m.name_of(*m.self) + ": copy_bulk at " + site.text() + " of " + std::to_string(bytes) +
+                             " bytes; allowed: multiples of 16");
+  }
+  const auto size = static_cast<size_t>(bytes);
+  const size_t offset = shared_offset(shared, {size, 16}, word);
+  Buffer& buffer = find_global(global, {size, 16}, word);
+  const size_t source = offset_in(buffer, global);
+  const size_t at = touch_barrier(barrier, word);
+  check_global_read(buffer, source, size, word);
+  Block& block = *m.self->block;
+  check_not_under_way(block, offset, size, word);
+  Access hidden;
+  const auto fenced = [&](const Access& write) { return m.fenced({write.thread, write.epoch, write.clock}); };
+  note_shared_race(block, block.shadow->claim(offset, size, m.actor(), fenced, &hidden), true);
+  if (hidden.epoch) {
+    Site written;
+    written.set_bits(hidden.site);
+    m.note("missing-fence", m.name_of(*m.self) + ": copy_bulk at " + site.text() + " to where " +
+                                m.name_of(hidden.thread) + " wrote at " + written.text() +
+                                " with no fence_async between");
+  }
+  block.shadow->set_under_way(offset, size, true);
+  block.shadow->set_by_bulk(offset, size);
+  buffer.shadow.set_by_bulk(source, size);
+  buffer.counters.count_bulk(size);
+  m.issue_bulk(offset, static_cast<const char*>(global), size, at);
 }
 
 // The copy may write at any time from now on, and reads its source some time before its wait.

@@ -75,6 +75,7 @@ void Machine::start_cluster(int64_t first_block) {
   first_epoch_ = cluster_epoch_ = ++epoch_;
   cluster_arrived_ = returned_ = 0;
   ready_.clear();
+  parts_.clear();
   for (Block& block : blocks_) start_block(block, first_block + block.rank);
 }
 
@@ -84,6 +85,8 @@ void Machine::start_block(Block& block, int64_t index) {
   block.arrived = block.returned = 0;
   block.peer_epoch = 0;
   block.shadow->forget_values();
+  block.barriers.clear(), block.bulks.clear(), block.told_phases.clear();
+  for (NamedBarrier& named : block.named) named = {};
   for (int t = 0; t < config.threads; ++t) {
     const size_t at = static_cast<size_t>(block.rank * config.threads + t);
     Thread& thread = threads_[at];
@@ -92,6 +95,7 @@ void Machine::start_block(Block& block, int64_t index) {
     thread.index = t, thread.lane = t % kWarpLanes;
     thread.returned = false, thread.waiting = Waiting::nothing;
     thread.copies.clear(), thread.groups = 0;
+    thread.heard = {}, thread.fenced = {};
     prepare(thread.context, stacks_.top(at), &Machine::enter);
     if (thread.lane) continue;
     warp.threads = &thread;
@@ -150,6 +154,7 @@ void Machine::check_return(Thread& thread) {
     note("missing-wait",
          name_of(thread) + " returns with a copy under way, issued at " + thread.copies.front().site.text());
   }
+  if (block.returned + 1 == config.threads) check_bulks(block);
   if (block.returned + 1 == config.threads && block.peer_epoch && block.peer_epoch == cluster_epoch_) {
     self->site = block.peer_site;
     note("peer-exit", "block " + std::to_string(block.index) + " returns with no cluster_sync after the peer_load at " +
@@ -179,6 +184,7 @@ void Machine::wait(Waiting what) {
 void Machine::yield() {
   countdown_ = static_cast<int64_t>(random.below(2 * switch_every_));
   if (!self->copies.empty()) sample_copies();
+  if (!parts_.empty()) land_some();
   if (random.one_in(2)) {
     const uint64_t priority = random.next();
     self->warp->priority = priority;
@@ -190,7 +196,8 @@ void Machine::yield() {
 }
 
 void Machine::run_next() {
-  Thread* const next = choose();
+  Thread* next = choose();
+  for (; !next && !parts_.empty(); next = choose()) land(random.below(parts_.size()));  // nobody else can go on
   if (!next) fail("deadlock", "no thread can go on: " + who_waits());
   if (next == self) return;
   Thread* const from = self;
@@ -230,6 +237,8 @@ Actor Machine::actor() const {
   a.first_epoch = first_epoch_;
   a.launch_epoch = launch_epoch_;
   a.seen = self->warp->seen[self->lane];
+  const Knowledge& heard = self->heard;
+  if (!heard.clocks.empty() && heard.epoch == a.epoch) a.heard = heard.clocks.data();
   return a;
 }
 

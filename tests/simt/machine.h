@@ -37,10 +37,65 @@ struct Copy {
   Site site;
 };
 
-enum class Waiting { nothing, warp, block, cluster };
-
 struct Warp;
 struct Block;
+
+enum class Waiting { nothing, warp, block, cluster, phase, named };
+
+// What a thread has heard of others by barriers that not the whole block passes.
+struct Knowledge {
+  uint32_t epoch = 0;            // the block's when `clocks` was noted; older: the block has passed a barrier since
+  std::vector<uint16_t> clocks;  // of the block's threads; empty: none
+  std::vector<uint32_t> phases;  // of the block's phase barriers, as many as are known to have ended
+
+  void join(const Knowledge& other);
+  bool empty() const { return clocks.empty() && phases.empty(); }
+};
+
+// A time of one thread.
+struct Stamp {
+  int thread = 0;  // Actor::thread
+  uint32_t epoch = 0;
+  uint16_t clock = 0;
+
+  bool before(const Stamp& other) const {
+    return epoch < other.epoch || (epoch == other.epoch && thread == other.thread && clock < other.clock);
+  }
+};
+
+struct PhaseBarrier {
+  size_t offset;  // in the block's shared memory
+  int arrivals, pending;
+  int64_t bytes = 0;     // expected and not brought yet; negative: brought before they were expected
+  uint32_t phase = 0;    // that runs
+  uint32_t awaited = 0;  // phases whose end some thread has waited for
+  int resuming = 0;      // threads that its latest phase released and that have not run since
+  Knowledge gathered, released;
+  Stamp made;
+  Site site;
+};
+
+// A bulk copy, kept for as long as its block lives.
+struct Bulk {
+  size_t to;
+  const char* from;
+  size_t bytes, left;  // left: not brought yet
+  int barrier;
+  uint32_t phase;
+  Site site;
+};
+// A part of one, which may land before or after the others.
+struct BulkPart {
+  Block* block;
+  size_t bulk, offset, bytes;
+};
+
+struct NamedBarrier {
+  int threads = 0, arrived = 0;
+  Knowledge gathered;
+  Site site;
+};
+constexpr int kNamedBarriers = 16;
 
 struct Thread {
   Context context;
@@ -57,6 +112,9 @@ struct Thread {
   uint64_t value = 0;  // brought to a meeting, and taken from it
   std::vector<Copy> copies;
   int groups = 0;  // of copies, committed
+  Knowledge heard;
+  Stamp fenced;  // its latest fence_async
+  int awaits = 0;  // a phase or named barrier of its block
 };
 
 struct Warp {
@@ -79,6 +137,10 @@ struct Block {
   int returned = 0;
   uint32_t peer_epoch = 0;  // when another block last read its shared memory, and where
   Site peer_site;
+  std::vector<PhaseBarrier> barriers;
+  std::vector<Bulk> bulks;
+  std::vector<uint32_t> told_phases;  // of its phase barriers, ended by the cluster's latest barrier
+  NamedBarrier named[kNamedBarriers];
 };
 
 class Machine {
@@ -103,7 +165,17 @@ class Machine {
   void block_barrier(Site site);
   void cluster_barrier(Site site);
   uint64_t meet(Meeting kind, unsigned mask, uint64_t value, int lane, Site site);
+  void named_barrier(int id, int threads, bool waits, Site site);
+  void init_phases(size_t offset, int arrivals);
+  void arrive_at(size_t offset, int64_t bytes);
+  void wait_for_phase(size_t offset, int parity);
+  void issue_bulk(size_t to, const char* from, size_t bytes, size_t barrier);
+  void fence_async();
   Actor actor() const;
+  Stamp now() const;
+  bool fenced(const Stamp& write) const;
+  const Bulk* unheard_bulk(const Block& block, size_t offset, size_t bytes) const;
+  const Bulk* unheard_source(const void* address, size_t bytes) const;
   Block& block(int rank) { return blocks_[static_cast<size_t>(rank)]; }
   int blocks() const { return config.cluster; }
 
@@ -138,6 +210,15 @@ class Machine {
   void check_company(const Thread& other, const char* barrier);
   void complete(Warp& warp, unsigned mask, Meeting kind);
   void join_clocks(Warp& warp, unsigned mask);
+  void tick(Thread& thread);
+  Knowledge knowledge() const;
+  void learn(Thread& thread, const Knowledge& news);
+  void share_phases(Block& block, bool with_cluster);
+  size_t barrier_at(size_t offset, const char* word);
+  void end_phase(Block& block, size_t barrier);
+  void land(size_t part);
+  void land_some();
+  void check_bulks(const Block& block);
   [[noreturn]] void abandon();
   void describe_fault();
   std::string who_waits() const;
@@ -152,6 +233,7 @@ class Machine {
   Context main_;
   Thread* cluster_first_ = nullptr;  // the thread that reached the cluster barrier first
   int cluster_arrived_ = 0;
+  std::vector<BulkPart> parts_;  // under way
   int returned_ = 0;
   uint32_t epoch_, launch_epoch_, first_epoch_ = 0, cluster_epoch_ = 0;
   std::set<std::pair<std::string, uint64_t>> noted_;

@@ -34,6 +34,7 @@ void Machine::check_company(const Thread& other, const char* barrier) {
 }
 
 void Machine::release(Block& block) {
+  share_phases(block, false);
   const size_t first = static_cast<size_t>(block.rank * config.threads);
   for (size_t t = first; t < first + static_cast<size_t>(config.threads); ++t) {
     threads_[t].waiting = Waiting::nothing;
@@ -87,6 +88,7 @@ void Machine::cluster_barrier(Site site) {
   self->waiting = Waiting::nothing;
   for (Block& block : blocks_) {
     block.epoch = epoch_;
+    share_phases(block, true);
     release(block);
   }
   if (config.seed) run_next();
@@ -155,18 +157,27 @@ void Machine::complete(Warp& warp, unsigned mask, Meeting kind) {
   }
 }
 
+// A time of the thread ends: what it does from now on is not known to those who heard of it before.
+void Machine::tick(Thread& thread) {
+  thread.warp->clocks_advanced = true;
+  if (++thread.warp->seen[thread.lane][thread.lane] == UINT16_MAX)
+    fail("limit", "65534 warp_syncs or arrivals of a thread between two block barriers");
+}
+
 // After it every lane of `mask` has seen what any of them had seen or done.
 void Machine::join_clocks(Warp& warp, unsigned mask) {
   uint16_t joined[kWarpLanes] = {};
-  warp.clocks_advanced = true;
+  Knowledge heard;
   for (unsigned rest = mask; rest; rest &= rest - 1) {
     const uint16_t* seen = warp.seen[__builtin_ctz(rest)];
     for (int k = 0; k < kWarpLanes; ++k) joined[k] = std::max(joined[k], seen[k]);
+    heard.join(warp.threads[__builtin_ctz(rest)].heard);
   }
   for (unsigned rest = mask; rest; rest &= rest - 1) {
     const int lane = __builtin_ctz(rest);
     std::copy(joined, joined + kWarpLanes, warp.seen[lane]);
-    if (++warp.seen[lane][lane] == UINT16_MAX) fail("limit", "65534 warp_syncs of a lane between two block barriers");
+    tick(warp.threads[lane]);
+    if (!heard.empty()) warp.threads[lane].heard.join(heard);
   }
 }
 

@@ -23,6 +23,11 @@ void Counters::count(size_t bytes, bool writes) {
   (writes ? (wide ? wide_writes : narrow_writes) : (wide ? wide_reads : narrow_reads)) += 1;
 }
 
+void Counters::count_bulk(size_t bytes) {
+  bytes_read += static_cast<int64_t>(bytes);
+  wide_reads += static_cast<int64_t>(bytes / 16);
+}
+
 void Counters::add(const Counters& other) {
   bytes_read += other.bytes_read;
   bytes_written += other.bytes_written;

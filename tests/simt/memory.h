@@ -18,6 +18,7 @@ struct Counters {
   int64_t narrow_reads = 0, narrow_writes = 0;  // of fewer
 
   void count(size_t bytes, bool writes);
+  void count_bulk(size_t bytes);  // as so many reads of 16
   void add(const Counters& other);
 };
 

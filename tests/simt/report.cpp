@@ -124,7 +124,7 @@ void Machine::abandon() {
 void Machine::note_race(const Conflict& conflict, bool writes, const std::string& where) {
   Site earlier;
   earlier.set_bits(conflict.earlier.site);
-  const std::string other = conflict.other_cluster ? "a block of another cluster" : name_of(conflict.earlier.who());
+  const std::string other = conflict.other_cluster ? "a block of another cluster" : name_of(conflict.earlier.thread);
   note(conflict.other_cluster ? "race-between-clusters" : "race",
        "word " + std::to_string(conflict.word) + " of " + where + ": " + (writes ? "written" : "read") + " by " +
            name_of(*self) + " at " + self->site.text() + " and " + (conflict.earlier_writes ? "written" : "read") +
@@ -133,7 +133,7 @@ void Machine::note_race(const Conflict& conflict, bool writes, const std::string
 
 std::string Machine::who_waits() const {
   std::map<std::string, std::pair<int, const Thread*>> places;
-  const char* const words[] = {"", "a meeting of its warp", "block_sync", "cluster_sync"};
+  const char* const words[] = {"", "a meeting of its warp", "block_sync", "cluster_sync", "phases_wait", "named_sync"};
   for (const Thread& thread : threads_) {
     if (thread.returned) continue;
     auto& place = places[std::string(words[static_cast<int>(thread.waiting)]) + " at " + thread.site.text()];

@@ -1,7 +1,7 @@
 // The Python module of the machine's own tests, and the example of a binding.
 #include "binding.h"
 #include "numbers.h"
-#include "selftest_kernels.cuh"
+#include "selftest_phases.cuh"
 
 namespace {
 
@@ -11,7 +11,9 @@ using selftest::Bug;
 
 const std::map<std::string, void (*)(Args)> kKernels = {
     {"copy", selftest::copy},     {"row_sums", selftest::row_sums},         {"twice", selftest::twice},
-    {"rotate", selftest::rotate}, {"cluster_sums", selftest::cluster_sums},
+    {"rotate", selftest::rotate}, {"cluster_sums", selftest::cluster_sums}, {"pipeline", selftest::pipeline},
+    {"neighbours", selftest::neighbours}, {"two_phases", selftest::two_phases},
+    {"many_readers", selftest::many_readers},
 };
 
 // `in` is (rows, columns) and may be left out where the kernel works in place.
@@ -41,6 +43,13 @@ PYBIND11_MODULE(simt_selftest, m) {
   BUG(missing_cluster_barrier), BUG(peer_exit), BUG(peer_rank), BUG(peer_address), BUG(deadlock), BUG(benign_race);
   BUG(missing_warp_sync), BUG(race_between_blocks), BUG(constant_read_of_written), BUG(write_to_input);
   BUG(raw_overrun), BUG(stack_overflow);
+  BUG(phase_unmade), BUG(phase_unfenced_init), BUG(phase_made_twice), BUG(phase_unordered_init);
+  BUG(phase_missing_wait), BUG(phase_wrong_parity), BUG(phase_missing_expect), BUG(phase_expect_more);
+  BUG(phase_expect_less), BUG(phase_expect_too_much), BUG(phase_unarmed), BUG(phase_reuse_early);
+  BUG(phase_arrive_early), BUG(phase_arrive_twice), BUG(phase_overwritten), BUG(phase_runs_ahead);
+  BUG(bulk_misaligned), BUG(bulk_odd_size), BUG(bulk_source_written), BUG(bulk_at_exit), BUG(bulk_unfenced_write);
+  BUG(bulk_unseen_by_peers), BUG(named_missing), BUG(named_counts), BUG(named_absent), BUG(named_zero);
+  BUG(unordered_reader);
 #undef BUG
   m.def("run", &run, py::arg("name"), py::arg("arrays"), py::arg("rows"), py::arg("columns"),
         py::arg("bug") = Bug::none, py::arg("empty") = std::vector<std::string>(),

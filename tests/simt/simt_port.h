@@ -127,6 +127,27 @@ FASTKD_DEVICE void copy_wait(simt::Site site = {}) {
   simt::wait_for_copies(kUnderWay, site);
 }
 
+FASTKD_DEVICE void phases_init(uint64_t* barrier, int arrivals, simt::Site site = {}) {
+  simt::init_phases(barrier, arrivals, site);
+}
+FASTKD_DEVICE void phases_arrive(uint64_t* barrier, simt::Site site = {}) { simt::arrive_at(barrier, 0, site); }
+FASTKD_DEVICE void phases_arrive_expecting(uint64_t* barrier, int bytes, simt::Site site = {}) {
+  simt::arrive_at(barrier, bytes, site);
+}
+FASTKD_DEVICE void phases_wait(uint64_t* barrier, int parity, simt::Site site = {}) {
+  simt::wait_for_phase(barrier, parity, site);
+}
+FASTKD_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier, simt::Site site = {}) {
+  simt::issue_bulk(shared, global, bytes, barrier, site);
+}
+FASTKD_DEVICE void fence_async(simt::Site site = {}) { simt::fence_async(site); }
+FASTKD_DEVICE void named_sync(int id, int threads, simt::Site site = {}) {
+  simt::named_barrier(id, threads, true, site);
+}
+FASTKD_DEVICE void named_arrive(int id, int threads, simt::Site site = {}) {
+  simt::named_barrier(id, threads, false, site);
+}
+
 FASTKD_DEVICE float as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);

@@ -39,4 +39,15 @@ void issue_copy(void* shared, const void* global, size_t bytes, Site site);  // 
 void commit_copies(Site site);
 void wait_for_copies(int under_way, Site site);
 
+// Barriers in shared memory, of 8 bytes. `bytes`: what copies will bring in this phase, beside the arrival.
+void init_phases(void* barrier, int arrivals, Site site);
+void arrive_at(void* barrier, int64_t bytes, Site site);
+void wait_for_phase(void* barrier, int parity, Site site);
+// By the asynchronous proxy: `bytes` is a multiple of 16.
+void issue_bulk(void* shared, const void* global, int64_t bytes, void* barrier, Site site);
+void fence_async(Site site);
+
+// Barrier `id` of the block, for so many of its threads.
+void named_barrier(int id, int threads, bool waits, Site site);
+
 }  // namespace simt

@@ -2,7 +2,7 @@
 // else in this folder names a CUDA built-in, so the same kernels also run on the CPU against the twin of this header
 // (tests/simt/simt_port.h), which checks what hardware leaves undefined.
 //
-// Shared memory is only dynamic, and read and written only by shared_load, shared_store, peer_load and copy_async.
+// Shared memory is only dynamic, and read and written only by shared_load, shared_store, peer_load and copies.
 // Lanes of a shuffle or ballot are named by an explicit mask. Blocks never wait for each other but in cluster_sync.
 #pragma once
 
@@ -150,6 +150,57 @@ template <int kUnderWay>
 FASTKD_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kUnderWay) : "memory");
 }
+
+// Named barriers of the block, 1 to 15, for `threads` of its threads, whole warps: named_arrive does not wait.
+FASTKD_DEVICE void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
+FASTKD_DEVICE void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+// A barrier in shared memory that is passed in phases. A phase ends when so many arrivals as phases_init said, and all
+// bytes that were expected in it, have come; phases_wait returns when the latest phase of this parity has ended (the
+// first phase has parity 0), and makes what came with it visible.
+FASTKD_DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+FASTKD_DEVICE void phases_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+FASTKD_DEVICE void phases_arrive(uint64_t* barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }"
+               :
+               : "r"(shared_address(barrier))
+               : "memory");
+}
+FASTKD_DEVICE void phases_arrive_expecting(uint64_t* barrier, int bytes) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }"
+               :
+               : "r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+FASTKD_DEVICE void phases_wait(uint64_t* barrier, int parity) {
+  const unsigned at = shared_address(barrier);
+  unsigned done;
+  do {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(at), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
+// A multiple of 16 bytes between addresses that 16 divides, by the copy engine, which is not a thread: it counts what
+// it has brought at the barrier. What threads wrote where it writes, or of its barrier, they must fence first.
+FASTKD_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               :
+               : "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+FASTKD_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+#endif
 
 // Stored numbers to float and back, rounded to nearest even.
 FASTKD_DEVICE float from_fp16(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
