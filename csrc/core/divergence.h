@@ -115,4 +115,78 @@ struct DivergenceTerm<Divergence::skew_reverse_kl> {
   }
 };
 
+// Where exponentials are not kept and each costs a special function, float alone: a column by the logarithms of its
+// probabilities, with as few of them as the divergence needs. What multiplies p or q is a function of their ratio, which
+// is bounded: beyond 2^120 the smaller of the two, even as a normal number, is nothing beside the larger.
+constexpr float kMostRatio = 120.0f;
+FASTKD_FN float bounded_ratio(float log2_ratio) { return max(min(log2_ratio, kMostRatio), -kMostRatio); }
+constexpr float kTieRatio = 8.0f * kEpsilon * kLog2e;  // of log2 p - log2 q: 4 epsilon (p + q) as a difference
+
+// slope: dlogq / (q * scale). term: both. Where either is unbounded in p / q, the probability that multiplies it is 0 there.
+template <Divergence>
+struct LogTerm;
+
+template <>
+struct LogTerm<Divergence::jsd> {
+  FASTKD_METHOD static float slope(float log2_p, float log2_q, float beta, float rest) {
+    return log2(beta * exp2(min(log2_p - log2_q, kMostRatio)) + rest);
+  }
+  FASTKD_METHOD static float scale(float rest) { return -rest; }
+  // By the larger of p and q: the mixture over it cannot underflow.
+  FASTKD_METHOD static Term<float> term(float log2_p, float log2_q, float beta, float rest) {
+    const float ratio = log2_p - log2_q, distance = min(abs(ratio), kMostRatio);
+    const bool teacher_larger = ratio > 0.0f;
+    const float larger = exp2(max(log2_p, log2_q)), smaller = exp2_by_polynomial_between(-distance);  // over larger
+    const float own = teacher_larger ? beta : rest, other_smaller = (teacher_larger ? rest : beta) * smaller;
+    const float m = own + other_smaller, log2_m = log2(m);
+    const float q = larger * (teacher_larger ? smaller : 1.0f);
+    const float log2_m_over_q = log2_m + (teacher_larger ? distance : 0.0f);
+    return {-larger * (m * log2_m + other_smaller * distance), -rest * (q * log2_m_over_q)};
+  }
+};
+
+template <>
+struct LogTerm<Divergence::total_variation> {
+  FASTKD_METHOD static float slope(float log2_p, float log2_q, float, float) {
+    const float ratio = log2_p - log2_q;
+    return abs(ratio) < kTieRatio ? 0.0f : ratio > 0.0f ? -1.0f : 1.0f;
+  }
+  FASTKD_METHOD static float scale(float) { return 0.5f * kLog2e; }
+  FASTKD_METHOD static Term<float> term(float log2_p, float log2_q, float beta, float rest) {
+    const float q = exp2(log2_q), side = slope(log2_p, log2_q, beta, rest), half = scale(rest);
+    return {side == 0.0f ? 0.0f : half * abs(exp2(log2_p) - q), half * q * side};
+  }
+};
+
+template <>
+struct LogTerm<Divergence::skew_forward_kl> {
+  FASTKD_METHOD static float slope(float log2_p, float log2_q, float beta, float rest) {
+    const float ratio = exp2_by_polynomial_between(bounded_ratio(log2_p - log2_q));
+    return divide(ratio, beta * ratio + rest);
+  }
+  FASTKD_METHOD static float scale(float rest) { return -rest * kLog2e; }
+  FASTKD_METHOD static Term<float> term(float log2_p, float log2_q, float beta, float rest) {
+    const float ratio = exp2_by_polynomial_between(bounded_ratio(log2_q - log2_p)), m = rest * ratio + beta;  // over p
+    const float p = exp2(log2_p);
+    return {-p * log2(m), scale(rest) * (p * divide(ratio, m))};
+  }
+};
+
+template <>
+struct LogTerm<Divergence::skew_reverse_kl> {
+  FASTKD_METHOD static Term<float> over_q(float log2_p, float log2_q, float beta, float rest) {
+    const float m = rest * exp2_by_polynomial_between(bounded_ratio(log2_p - log2_q)) + beta, log2_m = log2(m);
+    return {-log2_m, kLog2e - log2_m - divide(beta * kLog2e, m)};
+  }
+  FASTKD_METHOD static float slope(float log2_p, float log2_q, float beta, float rest) {
+    return over_q(log2_p, log2_q, beta, rest).dlogq;
+  }
+  FASTKD_METHOD static float scale(float) { return 1; }
+  FASTKD_METHOD static Term<float> term(float log2_p, float log2_q, float beta, float rest) {
+    const Term<float> t = over_q(log2_p, log2_q, beta, rest);
+    const float q = exp2(log2_q);
+    return {q * t.value, q * t.dlogq};
+  }
+};
+
 }  // namespace fastkd

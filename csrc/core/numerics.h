@@ -57,24 +57,42 @@ FASTKD_FN float max(float a, float b) { return a > b ? a : b; }
 FASTKD_FN float min(float a, float b) { return a < b ? a : b; }
 #endif
 
-// 2^x for x <= 127 by multiplications and additions alone, relative error below 3e-7; 0 below 2^-126, NaN stays NaN.
-// Where the special-function unit is the bottleneck, a part of the exponentials goes this way. Minimax polynomial.
-FASTKD_FN float exp2_by_polynomial(float x) {
-  const float shift = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds to an integer n, kept with the bias 127
-  x = x < -127.0f ? -127.0f : x;             // n + 127 = 0 is the factor 0.0
-  const float shifted = x + shift;
-  const float f = x - (shifted - shift);
+// 2^f for |f| <= 1/2: minimax polynomial.
+FASTKD_FN float exp2_of_fraction(float f) {
   float p = 0.001327647129073739f * f + 0.009675540961325169f;
   p = p * f + 0.05550713092088699f;
   p = p * f + 0.24022120237350464f;
   p = p * f + 0.6931469440460205f;
-  p = p * f + 1.0f;
+  return p * f + 1.0f;
+}
+
+// 2^x for x <= 127 by multiplications and additions alone, relative error below 3e-7; 0 below 2^-126, NaN stays NaN.
+// Where the special-function unit is the bottleneck, a part of the exponentials goes this way.
+FASTKD_FN float exp2_by_polynomial(float x) {
+  const float shift = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds to an integer n, kept with the bias 127
+  x = x < -127.0f ? -127.0f : x;             // n + 127 = 0 is the factor 0.0
+  const float shifted = x + shift;
+  const float p = exp2_of_fraction(x - (shifted - shift));
   uint32_t bits;
   __builtin_memcpy(&bits, &shifted, sizeof bits);
   bits <<= 23;
   float power;
   __builtin_memcpy(&power, &bits, sizeof power);
   return p * power;
+}
+
+// The same for -125 <= x <= 125, where 2^n needs no factor of its own: n is added to the polynomial's exponent.
+FASTKD_FN float exp2_by_polynomial_between(float x) {
+  const float shift = 12582912.0f;
+  const float shifted = x + shift;
+  const float p = exp2_of_fraction(x - (shifted - shift));
+  uint32_t bits, n;
+  __builtin_memcpy(&bits, &p, sizeof bits);
+  __builtin_memcpy(&n, &shifted, sizeof n);
+  bits += n << 23;
+  float power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return power;
 }
 
 // weight * value, and 0 where the weight is 0 even if the value is infinite or NaN.

@@ -29,7 +29,6 @@ struct Kind {
   // Where all sweeps together would ask the special-function unit for more than 7 results a column, which is what it
   // gives while a row is loaded, a part of the exponentials goes by the polynomial.
   static constexpr bool kTeacherByPolynomial = kDivergenceOf == Divergence::skew_reverse_kl;
-  static constexpr bool kGradientByPolynomial = kDivergenceOf != Divergence::jsd;
 };
 
 // What a row is computed with, the same in all its threads.
@@ -135,21 +134,22 @@ FASTKD_DEVICE void add_columns(Piece& piece, const Quad& s, const Quad& t, int f
   for (int i = 0; i < 4; ++i) piece.sum_hard += hard.value[i];
 }
 
-template <class K, bool kPolynomial>
-FASTKD_DEVICE Column<float> column_at(float s, float t, const RowState& row, const RowConstants& r) {
-  const float log2_p = r.softening.relative_to(row.largest_t)(t) - row.log2_t;
-  const float log2_q = r.softening.relative_to(row.largest_s)(s) - row.log2_s;
-  if constexpr (K::kDivergence == Divergence::total_variation) return {exp2(log2_p), exp2(log2_q), 0, 0};
-  return column_of_logs<kPolynomial>(log2_p, log2_q);
-}
+// Logarithms of a column's probabilities, base 2.
+struct Logs {
+  float p, q;
+
+  FASTKD_DEVICE_METHOD Logs(float s, float t, const RowState& row, const RowConstants& r)
+      : p(r.softening.relative_to(row.largest_t)(t) - row.log2_t),
+        q(r.softening.relative_to(row.largest_s)(s) - row.log2_s) {}
+};
 
 // Second sweep.
 template <class K>
 FASTKD_DEVICE void add_terms(TermSums& sums, const Quad& s, const Quad& t, const RowState& row, const RowConstants& r) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const Term<float> term = DivergenceTerm<K::kDivergence>::at(column_at<K, true>(s.value[i], t.value[i], row, r),
-                                                                r.options.beta, r.options.beta_rest);
+    const Logs logs(s.value[i], t.value[i], row, r);
+    const Term<float> term = LogTerm<K::kDivergence>::term(logs.p, logs.q, r.options.beta, r.options.beta_rest);
     sums.value += term.value;
     sums.dlogq += term.dlogq;
   }
@@ -162,11 +162,16 @@ FASTKD_DEVICE Quad gradient_of(const Quad& s, const Quad& t, int first, int stri
   const GradientCoefficients& c = row.c;
   const Exponent<float> exponent_s = r.softening.relative_to(row.largest_s);
   const Exponent<float> exponent_t = r.softening.relative_to(row.largest_t);
+  float student = 0, dlogq = 0;  // of a probability rather than an exponential
+  if constexpr (!K::kMixed) {
+    student = c.student * row.sum_s;
+    dlogq = c.dlogq * LogTerm<K::kDivergence>::scale(r.options.beta_rest);
+  }
   Quad d, y_s, e_s;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    y_s.value[i] = exponent_s(s.value[i]);
     if constexpr (K::kMixed) {
+      y_s.value[i] = exponent_s(s.value[i]);
       const float y_t = exponent_t(t.value[i]);
       e_s.value[i] = exp2(y_s.value[i]);
       d.value[i] = c.teacher * exp2(y_t) + c.constant;
@@ -177,13 +182,19 @@ FASTKD_DEVICE Quad gradient_of(const Quad& s, const Quad& t, int first, int stri
         d.value[i] += c.student * e_s.value[i];
       }
     } else {
-      const Column<float> column = column_at<K, K::kGradientByPolynomial>(s.value[i], t.value[i], row, r);
-      e_s.value[i] = column.q * row.sum_s;
-      const Term<float> term = DivergenceTerm<K::kDivergence>::at(column, r.options.beta, r.options.beta_rest);
-      d.value[i] = c.dlogq * term.dlogq + c.student * e_s.value[i] + c.constant;
+      const Logs logs(s.value[i], t.value[i], row, r);
+      const float slope = LogTerm<K::kDivergence>::slope(logs.p, logs.q, r.options.beta, r.options.beta_rest);
+      e_s.value[i] = exp2(logs.q);
+      d.value[i] = (dlogq * slope + student) * e_s.value[i] + c.constant;
     }
   }
   if (c.hard != 0) {
+    if constexpr (!K::kMixed) {
+      for (int i = 0; i < 4; ++i) {
+        y_s.value[i] = exponent_s(s.value[i]);
+        e_s.value[i] *= row.sum_s;
+      }
+    }
     const Quad hard = hard_exponentials(r, e_s, y_s);
 #pragma unroll
     for (int i = 0; i < 4; ++i) d.value[i] += c.hard * hard.value[i];
