@@ -35,6 +35,7 @@ Plan bend(Plan plan, const LossParams& p) {
   plan.variant = streaming ? Variant::streaming : settings.parts == 1 ? Variant::block : Variant::cluster;
   plan.threads = settings.threads;
   plan.splits = streaming ? settings.parts : 1;
+  plan.bulk = !streaming && brings_in_bulk(settings.limits, p.student.dtype, p.teacher.dtype);
   plan.cluster = streaming ? 1 : settings.parts;
   plan.blocks = streaming && !p.gradient.data ? p.rows : p.rows * settings.parts;
   plan.team_chunks = static_cast<int>((p.columns / plan.access.width + plan.cluster - 1) / plan.cluster);
@@ -164,7 +165,7 @@ py::dict plan() {
   const Plan& p = settings.plan;
   return py::dict("variant"_a = std::string(name_of(p.variant)), "threads"_a = p.threads, "blocks"_a = p.blocks,
                   "cluster"_a = p.cluster, "splits"_a = p.splits, "shared_bytes"_a = p.shared_bytes,
-                  "sweeps"_a = p.sweeps, "vectors"_a = p.access.vectors, "width"_a = p.access.width,
+                  "sweeps"_a = p.sweeps, "vectors"_a = p.access.vectors, "width"_a = p.access.width, "bulk"_a = p.bulk,
                   "reason"_a = p.reason);
 }
 

@@ -13,6 +13,7 @@
 #define FASTKD_DEVICE_METHOD inline
 #define FASTKD_KERNEL(threads, blocks) inline void
 #define FASTKD_CONSTANT const
+#define FASTKD_BULK 1
 
 namespace fastkd {
 namespace gpu {

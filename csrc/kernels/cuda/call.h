@@ -24,6 +24,7 @@ struct CudaLoss {
 
   int team_bytes = 0;   // resident: shared memory of one row's part
   int team_chunks = 0;  // resident: chunks that it can hold of each model
+  bool bulk = false;    // resident: brought by bulk copies rather than by every thread's own
 
   // streaming: a row is cut into `splits` parts, a block each
   int splits = 1;

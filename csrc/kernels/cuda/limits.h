@@ -21,9 +21,12 @@ constexpr int kOneBlockThreads = 1024;  // of the kernels that have one block
 
 constexpr int kMaxWarps = kResidentThreads / 32;
 
+constexpr int kCopyWaves = 4;  // in which a resident row arrives: the first is summed while the others are under way
+
 // Nothing in it is written twice for one row.
 template <bool kWarpTeam>
 struct alignas(16) TeamScratch {
+  uint64_t arrived[kWarpTeam ? 1 : kCopyWaves];  // barriers of the waves, where bulk copies bring them
   Piece warp_pieces[kWarpTeam ? 1 : kMaxWarps], piece;
   TermSums warp_terms[kWarpTeam ? 1 : kMaxWarps], terms;
   RowState before_terms, before_gradient;

@@ -76,6 +76,7 @@ Plan plan_resident(const Problem& p, const GpuLimits& gpu, int cluster, Plan pla
   plan.threads = static_cast<int>(std::min<int64_t>(
       {std::max<int64_t>(wanted, kLeastThreads), std::max<int64_t>(useful, kWarpThreads), kResidentThreads}));
   plan.blocks = p.rows * cluster;
+  plan.bulk = brings_in_bulk(gpu, p.student, p.teacher);
   plan.sweeps = 1;
   plan.reason = cluster == 1 ? "a row fits the shared memory of a block"
                              : "a row fits the shared memory of a cluster of " + std::to_string(cluster) + " blocks";
@@ -123,6 +124,10 @@ Access access_of(const Rows& student, const Rows& teacher, const Rows& gradient,
   }
   if (!access.vectors) access.width = kColumns;
   return access;
+}
+
+bool brings_in_bulk(const GpuLimits& gpu, DType student, DType teacher) {
+  return gpu.arch >= 90 && size_of(student) == size_of(teacher);
 }
 
 Split split_rows(int64_t rows, int64_t columns, int width, const GpuLimits& gpu) {

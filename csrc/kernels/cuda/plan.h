@@ -34,6 +34,7 @@ struct Plan {
   int shared_bytes = 0;  // a block
   int team_bytes = 0, team_chunks = 0;
   int rows_per_block = 1;  // warp: teams of a block
+  bool bulk = false;       // block, cluster: slices are brought by bulk copies
   int sweeps = 0;          // reads of both logits from global memory, with the gradient
   std::string reason;
 };
@@ -51,6 +52,9 @@ Plan plan_loss(const Problem& problem, const GpuLimits& gpu, std::optional<Varia
 
 // Width and kind of the accesses to rows of these tensors; gradient.data may be null.
 Access access_of(const Rows& student, const Rows& teacher, const Rows& gradient, int64_t rows);
+
+// Whether slices of these models can be brought by bulk copies: the device has them, and chunks of both are 16 bytes.
+bool brings_in_bulk(const GpuLimits& gpu, DType student, DType teacher);
 
 // Blocks that share a row of a kernel which streams it, and threads of each.
 struct Split {

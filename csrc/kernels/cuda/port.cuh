@@ -160,6 +160,7 @@ FASTKD_DEVICE void named_arrive(int id, int threads) {
 }
 
 #if __CUDA_ARCH__ >= 900
+#define FASTKD_BULK 1
 // A barrier in shared memory that is passed in phases. A phase ends when so many arrivals as phases_init said, and all
 // bytes that were expected in it, have come; phases_wait returns when the latest phase of this parity has ended (the
 // first phase has parity 0), and makes what came with it visible.
@@ -200,6 +201,8 @@ FASTKD_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64
                : "memory");
 }
 FASTKD_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+#else
+#define FASTKD_BULK 0
 #endif
 
 // Stored numbers to float and back, rounded to nearest even.

@@ -2,15 +2,14 @@
 // global memory (asynchronous copies of 16 bytes), all sweeps run from shared memory, the gradient is written once.
 // 3 N V for every divergence.
 //
-// A thread copies and reads only chunks of its own, so a copy needs no barrier: its thread waits for it.
+// A thread copies and reads only chunks of its own, so a copy needs no barrier: its thread waits for it. Or one thread
+// has the copy engine bring a wave of chunks, and all wait for the wave's barrier.
 #pragma once
 
 #include "merge.cuh"
 
 namespace fastkd {
 namespace gpu {
-
-constexpr int kWaves = 4;  // groups of copies: the first is summed while the others are under way
 
 FASTKD_DEVICE void wait_for_wave(int wave) {
   if (wave == 0) return copy_wait<3>();
@@ -37,6 +36,16 @@ struct Stage {
     copy_chunk(student + i * student_bytes, view.student + column * size_of(view.student_dtype), student_bytes);
     copy_chunk(teacher + i * teacher_bytes, view.teacher + column * size_of(view.teacher_dtype), teacher_bytes);
   }
+#if FASTKD_BULK
+  // Chunks first ... last - 1 of the part, from `column` on; to be called by one thread.
+  FASTKD_DEVICE_METHOD void bring(const RowView& view, int64_t column, int first, int last, uint64_t* arrived) const {
+    const int s = (last - first) * student_bytes, t = (last - first) * teacher_bytes;
+    if (last <= first) return phases_arrive(arrived);
+    phases_arrive_expecting(arrived, s + t);
+    copy_bulk(student + first * student_bytes, view.student + column * size_of(view.student_dtype), s, arrived);
+    copy_bulk(teacher + first * teacher_bytes, view.teacher + column * size_of(view.teacher_dtype), t, arrived);
+  }
+#endif
   FASTKD_DEVICE_METHOD Chunk load(int i) const {
     return {load_chunk(student + i * student_bytes, student_bytes),
             load_chunk(teacher + i * teacher_bytes, teacher_bytes)};
@@ -119,10 +128,24 @@ FASTKD_DEVICE void resident_row(const CudaLoss& call, int64_t n, const Team& tea
   };
 
   // chunks of a wave: each thread has as many in every wave but the last
-  const int wave_chunks = ((chunks + kWaves - 1) / kWaves + team.lanes - 1) / team.lanes * team.lanes;
+  const int wave_chunks = ((chunks + kCopyWaves - 1) / kCopyWaves + team.lanes - 1) / team.lanes * team.lanes;
   const auto end_of = [&](int wave) { return min_of((wave + 1) * wave_chunks, chunks); };
+  const bool bulk = FASTKD_BULK && !kWarpTeam && call.bulk;
+#if FASTKD_BULK
+  if (bulk) {
+    if (team.lane == 0) {
+      for (int wave = 0; wave < kCopyWaves; ++wave) phases_init(scratch->arrived + wave, 1);
+      fence_async();
+      for (int wave = 0; wave < kCopyWaves; ++wave) {
+        const int first = wave * wave_chunks;
+        stage.bring(view, view.chunk(begin + first).first, first, end_of(wave), scratch->arrived + wave);
+      }
+    }
+    block_sync();
+  }
+#endif
 #pragma unroll 1
-  for (int wave = 0; wave < kWaves; ++wave) {
+  for (int wave = 0; !bulk && wave < kCopyWaves; ++wave) {
     for (int i = wave * wave_chunks + team.lane; i < end_of(wave); i += team.lanes)
       stage.copy(view, view.chunk(begin + i).first, i);
     copy_commit();
@@ -131,8 +154,11 @@ FASTKD_DEVICE void resident_row(const CudaLoss& call, int64_t n, const Team& tea
 
   Piece piece;
 #pragma unroll 1
-  for (int wave = 0; wave < kWaves; ++wave) {
-    wait_for_wave(wave);
+  for (int wave = 0; wave < kCopyWaves; ++wave) {
+#if FASTKD_BULK
+    if (bulk) phases_wait(scratch->arrived + wave, 0);
+#endif
+    if (!bulk) wait_for_wave(wave);
     sweep_part(wave == 0, wave * wave_chunks, end_of(wave),
                [&](const Chunk& c, const Place& at) { sweep.sum(piece, c, at); });
   }

@@ -78,6 +78,7 @@ const char* enqueue_loss(const CudaCall& c, const Plan& plan, const Launch& laun
   call.scales = space.scales;
   call.team_bytes = plan.team_bytes;
   call.team_chunks = plan.team_chunks;
+  call.bulk = plan.bulk;
   call.splits = plan.splits;
   call.pieces = space.pieces;
   call.terms = space.terms;
