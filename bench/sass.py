@@ -171,3 +171,11 @@ def hot_loops(instructions: list[Instruction]) -> list[Counts]:
     backward = [(t, h) for t, h in flow.edges if h <= t and h in dominator and t in dominator and dominates(h, t)]
     passes = [_cheapest_pass(flow, h, t) for t, h in sorted(backward, key=lambda edge: edge[1])]
     return [c for c in passes if c.special >= 4]
+
+
+def special_in_loops(instructions: list[Instruction]) -> list[int]:
+    """Special functions in each loop that has at least 4, whatever its entries: those of rare ways too."""
+    flow = _flow(instructions)
+    loops = (c for c in nx.strongly_connected_components(flow) if len(c) > 1 or flow.has_edge(*[*c] * 2))
+    counts = [sum(flow.nodes[n]["counts"].special for n in loop) for loop in loops]
+    return [count for count in counts if count >= 4]

@@ -1,13 +1,15 @@
-"""Runs one problem by a module of CUDA kernels in a process of its own: what test_cuda_mutation.py asks of a mutant.
+"""Runs problems by modules of CUDA kernels, each in a process of its own: what test_cuda_mutation.py asks of a mutant.
 
-Argument: JSON of the module's path, seeds and ways (launch, problem, vocabulary). Prints JSON: for each
-way and seed "" or what was wrong, by the check that found it.
+Each line of the input is a job, JSON of the module's path, seeds and ways (launch, problem, vocabulary), and becomes a
+fork, so that torch is imported once. It prints JSON: for each way and seed "" or what was wrong, by the check that
+found it.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
+import os
 import sys
 from pathlib import Path
 
@@ -57,11 +59,20 @@ def wrong_with(seed: int, launch: dict, problem: dict, vocab: int) -> str:
     return ""
 
 
-def main() -> None:
-    job = json.loads(sys.argv[1])
+def run(job: dict) -> None:
     simt_backend.enter(Path(job["module"]))
     found = [wrong_with(seed, *way) for way in job["ways"] for seed in job["seeds"]]
-    print("FOUND " + json.dumps(found))
+    print("FOUND " + json.dumps(found), flush=True)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            run(json.loads(line))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print(f"ENDED {status}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from test_loss import Problem
 # name -> how the kernels are launched; the arithmetic's own choice, and ways that it would take for longer rows
 LAUNCHES = {
     "planned": {"multiprocessors": 4},
-    "one block": {"variant": "block", "threads": 64},
+    "one block": {"variant": "block", "threads": 64, "arch": 80},  # no bulk copies
     "cluster of 4": {"variant": "cluster", "threads": 64, "parts": 4},
     "cluster of 16": {"variant": "cluster", "threads": 32, "parts": 16},
     "streaming": {"variant": "streaming", "threads": 96, "parts": 1},
@@ -37,11 +37,12 @@ def check(problem: Problem, launch: dict, **overrides) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{i}-{case.name}" for i, case in enumerate(CASES)])
 def test_table(index: int, divergence: str, everything: bool) -> None:
-    """As planned for a small GPU, a schedule of its own for every case; narrow ones launched in other ways too."""
+    """As planned for a small GPU, a schedule of its own for every case; narrow ones launched in another way too, in two
+    where every option is asked for."""
     case = CASES[index]
     problem = Problem(case, divergence, everything)
     ways = list(LAUNCHES.values())
-    others = [ways[1 + (index + k) % (len(ways) - 1)] for k in range(2 if case.vocab < 5000 else 0)]
+    others = [ways[1 + (index + k) % (len(ways) - 1)] for k in range((2 if everything else 1) * (case.vocab < 5000))]
     for launch in [LAUNCHES["planned"], *others]:
         check(problem, {**launch, "seed": index})
 
@@ -49,11 +50,11 @@ def test_table(index: int, divergence: str, everything: bool) -> None:
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_schedules(divergence: str, launch: dict) -> None:
-    """Twelve schedules: right, and the same bits."""
+    """Ten schedules: right, and the same bits."""
     case = Case("schedules", lead=(3,), vocab=1031, student_dtype=BF16, teacher_dtype=BF16, regime="late_top")
     problem = Problem(case, divergence, True)
     first = None
-    for seed in range(12):
+    for seed in range(10):
         with simt_backend.native_on_simt(**launch, seed=seed):
             outcome = problem.run(backend="native")
         problem.check(outcome)

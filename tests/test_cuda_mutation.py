@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import simt_build
 
 SEEDS = (0, 1, 2)
 BLOCK = {"variant": "block", "threads": 128}
+OWN_COPIES = {"variant": "block", "threads": 128, "arch": 80}  # each thread its own, without bulk copies
 CLUSTER = {"variant": "cluster", "threads": 64, "parts": 4}
 STREAMING = {"variant": "streaming", "threads": 64, "parts": 3}
 PLANNED = {"multiprocessors": 1}
@@ -64,10 +66,10 @@ MUTANTS = {
     ),
     "wrong mask": Mutant(MERGE, "warp_sync(kAllLanes)", "warp_sync(kAllLanes >> 1)", "bad-mask", PLANNED, vocab=777),
     "missing wait on a copy": Mutant(
-        RESIDENT, "  copy_wait<0>();\n}", "  copy_wait<1>();\n}", "missing-wait", {"variant": "block", "threads": 64},
+        RESIDENT, "  copy_wait<0>();\n}", "  copy_wait<1>();\n}", "missing-wait", OWN_COPIES,
     ),
     "waves waited for one late": Mutant(
-        RESIDENT, "if (wave == 0) return copy_wait<3>();", "if (wave == 0) return;", "missing-wait", BLOCK,
+        RESIDENT, "if (wave == 0) return copy_wait<3>();", "if (wave == 0) return;", "missing-wait", OWN_COPIES,
     ),
     "misaligned vector": Mutant(
         VIEW, "(access.width - column) % access.width", "(access.width - column + 1) % access.width",
@@ -76,6 +78,32 @@ MUTANTS = {
     "misaligned copy": Mutant(
         VIEW, "(access.width - column) % access.width", "(access.width - column + 1) % access.width",
         "misaligned", BLOCK,
+    ),
+    "misaligned copy of a thread": Mutant(
+        VIEW, "(access.width - column) % access.width", "(access.width - column + 1) % access.width",
+        "misaligned", OWN_COPIES,
+    ),
+    "missing wait for a wave": Mutant(
+        RESIDENT, "if (bulk) phases_wait(scratch->arrived + wave, 0);", "", "missing-wait|uninitialised", BLOCK,
+    ),
+    "wrong parity": Mutant(
+        RESIDENT, "phases_wait(scratch->arrived + wave, 0);", "phases_wait(scratch->arrived + wave, 1);",
+        "missing-wait|uninitialised", CLUSTER,
+    ),
+    "bytes that nobody expects": Mutant(
+        RESIDENT, "phases_arrive_expecting(arrived, s + t);", "phases_arrive(arrived);", "barrier-bytes", BLOCK,
+    ),
+    "bytes of one model alone expected": Mutant(
+        RESIDENT, "phases_arrive_expecting(arrived, s + t);", "phases_arrive_expecting(arrived, s);", "barrier-bytes",
+        CLUSTER,
+    ),
+    "barriers hidden from copies": Mutant(RESIDENT, "      fence_async();\n", "", "missing-fence", BLOCK),
+    "barriers used before they are made": Mutant(
+        RESIDENT, "    }\n    block_sync();\n", "    }\n", "race|uninitialised", BLOCK,
+    ),
+    "a wave brought over another": Mutant(
+        RESIDENT, "copy_bulk(student + first * student_bytes,", "copy_bulk(student + first / 2 * student_bytes,",
+        "missing-wait", BLOCK,
     ),
     "undersized shared memory": Mutant(
         "cuda/plan.cpp", "return scratch + round_up(", "return scratch - 16 + round_up(", "shared-bounds", PLANNED,
@@ -121,27 +149,39 @@ MUTANTS = {
 }  # fmt: skip
 
 
+class Machine(NamedTuple):
+    """Where mutants are built and run: objects that none of them changes, and the process that forks for each."""
+
+    common: list[Path]
+    runner: subprocess.Popen
+
+    def run(self, csrc: Path, folder: Path, ways: list) -> list[str]:
+        """What each way (launch, problem, vocabulary) and seed has to say about these sources."""
+        objects = simt_build.compile_kernels(folder, csrc, ("jsd",))
+        binary = simt_backend.link([*self.common, *objects], folder)
+        job = {"module": str(binary), "seeds": SEEDS, "ways": ways}
+        print(json.dumps(job), file=self.runner.stdin, flush=True)
+        lines: list[str] = []
+        while not lines or not lines[-1].startswith("ENDED"):
+            lines.append(self.runner.stdout.readline())
+            assert lines[-1], f"the runner has ended; {lines}"
+        found = [line.removeprefix("FOUND ") for line in lines if line.startswith("FOUND ")]
+        assert len(found) == 1, lines
+        return json.loads(found[0])
+
+
 @pytest.fixture(scope="module")
-def common(tmp_path_factory: pytest.TempPathFactory, native: str) -> list[Path]:
-    """Objects that no mutant changes."""
+def machine(tmp_path_factory: pytest.TempPathFactory, native: str) -> Iterator[Machine]:
     folder = tmp_path_factory.mktemp("common")
-    return [*simt_build.compile_machine(folder), *simt_build.compile_operators(folder)]
-
-
-def run(common: list[Path], csrc: Path, folder: Path, ways: list) -> list[str]:
-    """What each way (launch, problem, vocabulary) and seed has to say about these sources."""
-    objects = simt_build.compile_kernels(folder, csrc, ("jsd",))
-    binary = simt_backend.link([*common, *objects], folder)
-    job = {"module": str(binary), "seeds": SEEDS, "ways": ways}
-    command = [sys.executable, str(Path(__file__).with_name("simt_mutant.py")), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    found = re.search(r"^FOUND (.*)$", done.stdout, re.MULTILINE)
-    assert found, done.stdout + done.stderr
-    return json.loads(found.group(1))
+    objects = [*simt_build.compile_machine(folder), *simt_build.compile_operators(folder)]
+    command = [sys.executable, str(Path(__file__).with_name("simt_mutant.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as runner:
+        yield Machine(objects, runner)
+        runner.stdin.close()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_caught(name: str, common: list[Path], tmp_path: Path) -> None:
+def test_mutant_is_caught(name: str, machine: Machine, tmp_path: Path) -> None:
     mutant = MUTANTS[name]
     csrc = tmp_path / "csrc"
     shutil.copytree(simt_build.CSRC, csrc)
@@ -150,12 +190,12 @@ def test_mutant_is_caught(name: str, common: list[Path], tmp_path: Path) -> None
     assert text.count(mutant.old) == 1, f"{mutant.file} no longer has this once: {mutant.old}"
     path.write_text(text.replace(mutant.old, mutant.new))
     ways = [[mutant.launch, mutant.problem, mutant.vocab]]
-    for seed, wrong in zip(SEEDS, run(common, csrc, tmp_path / "build", ways)):
+    for seed, wrong in zip(SEEDS, machine.run(csrc, tmp_path / "build", ways)):
         assert re.search(rf"\b({mutant.checks}): ", wrong), f"seed {seed}: {wrong or 'not caught'}"
 
 
-def test_without_a_mutant(common: list[Path], tmp_path: Path) -> None:
+def test_without_a_mutant(machine: Machine, tmp_path: Path) -> None:
     """The same problems pass on the sources as they are."""
     asked = {json.dumps([m.launch, m.problem, m.vocab], sort_keys=True) for m in MUTANTS.values()}
     ways = [json.loads(way) for way in sorted(asked)]
-    assert run(common, simt_build.CSRC, tmp_path, ways) == [""] * (len(ways) * len(SEEDS))
+    assert machine.run(simt_build.CSRC, tmp_path, ways) == [""] * (len(ways) * len(SEEDS))

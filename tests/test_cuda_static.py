@@ -79,6 +79,8 @@ def test_accesses_of_16_bytes(arch: str) -> None:
         if kernel.name in ("warp_resident", "block_resident"):
             assert has(instructions, "LDGSTS", "128"), (arch, kernel)
             assert has(instructions, "LDS", "128") and has(instructions, "STG", "128"), (arch, kernel)
+            in_bulk = any(i.opcode.startswith("UBLKCP") for i in instructions)
+            assert in_bulk == (kernel.name == "block_resident" and arch != "sm_80"), (arch, kernel)
         elif kernel.name in ("stream_sums", "stream_terms"):
             assert has(instructions, "LDG", "128"), (arch, kernel)
         elif kernel.name in ("stream_finish", "rescale_kernel"):
@@ -95,6 +97,18 @@ def test_special_functions_a_column(arch: str) -> None:
         sweeps = 2 if kernel.divergence in KINDS[:2] else 3
         assert len(loops) == sweeps, (arch, kernel, loops)
         assert sum(loop.special for loop in loops) <= 4 * MOST_SPECIAL, (arch, kernel, loops)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_special_functions_on_all_ways(arch: str) -> None:
+    """The same limit and, of every four columns, what few need: 3 where sums are restated, and 4 in both the first and
+    the last sweep where the temperature is no integer. Also where a loop has several entries."""
+    for kernel, instructions in sass.code(LIBRARY, arch).items():
+        if kernel.name not in ("block_resident", "warp_resident") or kernel.rich:
+            continue
+        loops = sass.special_in_loops(instructions)
+        assert len(loops) == (2 if kernel.divergence in KINDS[:2] else 3), (arch, kernel, loops)
+        assert sum(loops) <= 4 * MOST_SPECIAL + 3 + 4 + 4, (arch, kernel, loops)
 
 
 def test_planted_spill_would_be_seen() -> None:

@@ -116,13 +116,14 @@ struct DivergenceTerm<Divergence::skew_reverse_kl> {
 };
 
 // Where exponentials are not kept and each costs a special function, float alone: a column by the logarithms of its
-// probabilities, with as few of them as the divergence needs. What multiplies p or q is a function of their ratio, which
-// is bounded: beyond 2^120 the smaller of the two, even as a normal number, is nothing beside the larger.
+// probabilities, with as few of them as the divergence needs. What multiplies p or q is a function of their ratio,
+// which is bounded: beyond 2^120 the smaller of the two, even as a normal number, is nothing beside the larger.
 constexpr float kMostRatio = 120.0f;
 FASTKD_FN float bounded_ratio(float log2_ratio) { return max(min(log2_ratio, kMostRatio), -kMostRatio); }
 constexpr float kTieRatio = 8.0f * kEpsilon * kLog2e;  // of log2 p - log2 q: 4 epsilon (p + q) as a difference
 
-// slope: dlogq / (q * scale). term: both. Where either is unbounded in p / q, the probability that multiplies it is 0 there.
+// slope: dlogq / (q * scale). term: both. Where either is unbounded in p / q, the probability that multiplies it is 0
+// there.
 template <Divergence>
 struct LogTerm;
 

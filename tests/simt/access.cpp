@@ -198,8 +198,8 @@ void write_global(void* to, const void* value, Extent extent, Site site) {
     m.note("stale-read", where() + "a load_vector of this launch has read");
   }
   if (buffer.shadow.by_bulk(offset, bytes) && m.unheard_source(to, bytes)) {
-    m.note("missing-wait", where() + "the copy issued at " + m.unheard_source(to, bytes)->site.text() +
-                               " may still be reading");
+    m.note("missing-wait",
+           where() + "the copy issued at " + m.unheard_source(to, bytes)->site.text() + " may still be reading");
   }
   buffer.shadow.note_written(offset, bytes);
   note_global_race(buffer, buffer.shadow.record(offset, bytes, true, m.actor(), site), true);
@@ -212,7 +212,8 @@ void write_global(void* to, const void* value, Extent extent, Site site) {
 size_t touch_barrier(const void* barrier, const char* word) {
   const size_t offset = shared_offset(barrier, {sizeof(uint64_t), sizeof(uint64_t)}, word);
   Block& block = *machine->self->block;
-  const Conflict conflict = block.shadow->record(offset, sizeof(uint64_t), false, machine->actor(), machine->self->site);
+  const Conflict conflict =
+      block.shadow->record(offset, sizeof(uint64_t), false, machine->actor(), machine->self->site);
   note_shared_race(block, conflict, false);
   return offset;
 }

@@ -113,7 +113,7 @@ struct Thread {
   std::vector<Copy> copies;
   int groups = 0;  // of copies, committed
   Knowledge heard;
-  Stamp fenced;  // its latest fence_async
+  Stamp fenced;    // its latest fence_async
   int awaits = 0;  // a phase or named barrier of its block
 };
 

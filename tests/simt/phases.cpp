@@ -197,8 +197,8 @@ void Machine::land(size_t part) {
   PhaseBarrier& barrier = block.barriers[static_cast<size_t>(bulk.barrier)];
   barrier.bytes -= static_cast<int64_t>(p.bytes);
   if (!barrier.pending && barrier.bytes < 0) {
-    note("barrier-bytes", phase_text(barrier) + ": the copy issued at " + bulk.site.text() +
-                              " has brought more than was expected");
+    note("barrier-bytes",
+         phase_text(barrier) + ": the copy issued at " + bulk.site.text() + " has brought more than was expected");
   }
   end_phase(block, static_cast<size_t>(bulk.barrier));
 }
@@ -236,8 +236,8 @@ const Bulk* Machine::unheard_source(const void* address, size_t bytes) const {
 void Machine::check_bulks(const Block& block) {
   for (const Bulk& bulk : block.bulks) {
     if (block.barriers[static_cast<size_t>(bulk.barrier)].awaited > bulk.phase) continue;
-    note("missing-wait", "block " + std::to_string(block.index) + " returns and nobody has waited for the copy issued at " +
-                             bulk.site.text());
+    note("missing-wait", "block " + std::to_string(block.index) +
+                             " returns and nobody has waited for the copy issued at " + bulk.site.text());
   }
 }
 

@@ -10,9 +10,14 @@ using selftest::Args;
 using selftest::Bug;
 
 const std::map<std::string, void (*)(Args)> kKernels = {
-    {"copy", selftest::copy},     {"row_sums", selftest::row_sums},         {"twice", selftest::twice},
-    {"rotate", selftest::rotate}, {"cluster_sums", selftest::cluster_sums}, {"pipeline", selftest::pipeline},
-    {"neighbours", selftest::neighbours}, {"two_phases", selftest::two_phases},
+    {"copy", selftest::copy},
+    {"row_sums", selftest::row_sums},
+    {"twice", selftest::twice},
+    {"rotate", selftest::rotate},
+    {"cluster_sums", selftest::cluster_sums},
+    {"pipeline", selftest::pipeline},
+    {"neighbours", selftest::neighbours},
+    {"two_phases", selftest::two_phases},
     {"many_readers", selftest::many_readers},
 };
 

@@ -19,11 +19,11 @@ constexpr int kWarpLanes = 32;
 // The running thread as the race detector sees it. Epochs count barriers over a whole launch: each barrier gives the
 // blocks that pass it a number higher than any before.
 struct Actor {
-  int thread = 0;                  // rank of the block in its cluster * kMaxThreads + thread of the block
-  uint32_t epoch = 0;              // of the block's last barrier
-  uint32_t cluster_epoch = 0;      // of the cluster's last barrier
-  uint32_t first_epoch = 0;        // of the cluster's start
-  uint32_t launch_epoch = 0;       // of the launch's start
+  int thread = 0;                   // rank of the block in its cluster * kMaxThreads + thread of the block
+  uint32_t epoch = 0;               // of the block's last barrier
+  uint32_t cluster_epoch = 0;       // of the cluster's last barrier
+  uint32_t first_epoch = 0;         // of the cluster's start
+  uint32_t launch_epoch = 0;        // of the launch's start
   const uint16_t* seen = nullptr;   // lane of the own warp -> that lane's clock when last heard of
   const uint16_t* heard = nullptr;  // the same of all threads of the block, by mbarriers; null: nothing heard
 };
@@ -56,8 +56,8 @@ class Shadow {
   // Records an access to [offset, offset + bytes); returns the first conflict with an earlier one.
   Conflict record(size_t offset, size_t bytes, bool writes, const Actor& actor, Site site);
 
-  // As a write by the actor, whose trace is not kept: what a bulk copy will write, from where it is issued on. `visible`
-  // says of an earlier write whether it is ordered before copies; the first that is not goes to `hidden`.
+  // As a write by the actor, whose trace is not kept: what a bulk copy will write, from where it is issued on.
+  // `visible` says of an earlier write whether it is ordered before copies; the first that is not goes to `hidden`.
   Conflict claim(size_t offset, size_t bytes, const Actor& actor, const std::function<bool(const Access&)>& visible,
                  Access* hidden);
 
@@ -89,8 +89,8 @@ class Shadow {
   };
   // Reads that no order lets stand for each other, since the latest write.
   struct Readers {
-    Access of_other_cluster;     // one suffices: nothing joins clusters
-    std::vector<Access> reads;   // of the cluster that began at first_epoch
+    Access of_other_cluster;    // one suffices: nothing joins clusters
+    std::vector<Access> reads;  // of the cluster that began at first_epoch
     uint32_t first_epoch = 0;
     size_t compact_at = 64;
     void add(const Access& read, const Actor& actor);

@@ -184,11 +184,10 @@ FASTKD_DEVICE void phases_wait(uint64_t* barrier, int parity) {
   const unsigned at = shared_address(barrier);
   unsigned done;
   do {
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(at), "r"(parity)
-        : "memory");
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(at), "r"(parity)
+                 : "memory");
   } while (!done);
 }
 

@@ -1,6 +1,6 @@
 // A row that fits the shared memory of one warp, one block or one cluster of blocks: every logit is read once from
-// global memory (asynchronous copies of 16 bytes), all sweeps run from shared memory, the gradient is written once.
-// 3 N V for every divergence.
+// global memory (asynchronous copies, of 16 bytes or in bulk), all sweeps run from shared memory, the gradient is
+// written once. 3 N V for every divergence.
 //
 // A thread copies and reads only chunks of its own, so a copy needs no barrier: its thread waits for it. Or one thread
 // has the copy engine bring a wave of chunks, and all wait for the wave's barrier.
