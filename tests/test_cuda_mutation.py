@@ -66,7 +66,8 @@ MUTANTS = {
     ),
     "wrong mask": Mutant(MERGE, "warp_sync(kAllLanes)", "warp_sync(kAllLanes >> 1)", "bad-mask", PLANNED, vocab=777),
     "missing wait on a copy": Mutant(
-        RESIDENT, "  copy_wait<0>();\n}", "  copy_wait<1>();\n}", "missing-wait", OWN_COPIES,
+        RESIDENT, "  copy_wait<0>();\n}", "  copy_wait<1>();\n}", "missing-wait",
+        {**OWN_COPIES, "threads": 64},
     ),
     "waves waited for one late": Mutant(
         RESIDENT, "if (wave == 0) return copy_wait<3>();", "if (wave == 0) return;", "missing-wait", OWN_COPIES,
@@ -91,7 +92,8 @@ MUTANTS = {
         "missing-wait|uninitialised", CLUSTER,
     ),
     "bytes that nobody expects": Mutant(
-        RESIDENT, "phases_arrive_expecting(arrived, s + t);", "phases_arrive(arrived);", "barrier-bytes", BLOCK,
+        RESIDENT, "phases_arrive_expecting(arrived, s + t);", "phases_arrive(arrived);", "barrier-bytes|missing-wait",
+        BLOCK,
     ),
     "bytes of one model alone expected": Mutant(
         RESIDENT, "phases_arrive_expecting(arrived, s + t);", "phases_arrive_expecting(arrived, s);", "barrier-bytes",
