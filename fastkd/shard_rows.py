@@ -119,6 +119,7 @@ def merge(pieces: Tensor, fields: tuple[str, ...], t: Tensor | float, widths: Te
         row["top_t"] = _top(piece["largest_t"], piece["top_t"])
     if "sum_hard" in piece:
         row["sum_hard"] = (torch.exp2(t * shift_s) * piece["sum_hard"]).sum(0)
+    if "label" in piece:
         label = piece["label"]
         elsewhere = torch.isnan(label)
         owners = (~elsewhere).sum(0)  # one, unless the ranks' labels differ

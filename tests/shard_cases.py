@@ -209,8 +209,29 @@ def linear_upstream(case: LinearShardCase) -> Tensor | None:
     return torch.randn(case.inputs.rows, generator=torch.Generator().manual_seed(11))
 
 
-def cases() -> dict[str, ShardCase]:
+def _triton_cases() -> list[ShardCase]:
+    """Fewer: the interpreter is slow, and one kernel and the host's side are all that differs from an unsharded row."""
+    blocks = Case("two blocks on a rank", lead=(2,), vocab=4 * 2048 + 5, regime="late_top", temperature=3.0)
+    found = [
+        ShardCase(Case("all options", lead=(2, 3)), {"divergence": divergence, **EVERYTHING}, backend="triton")
+        for divergence in DIVERGENCES
+    ]
+    found += [
+        ShardCase(blocks, {**HARD, "label_smoothing": 0.1}, "last", "triton"),
+        ShardCase(blocks, {**HARD, "divergence": "jsd"}, "even", "triton"),
+        ShardCase(Case("no cross-entropy", regime="masked_both", vocab=53), {}, "uneven", "triton"),
+        ShardCase(
+            Case("in place, bf16", student_dtype=BF16, vocab=70), {"divergence": "reverse_kl", "inplace": True},
+            "even", "triton",
+        ),
+        ShardCase(Case("fp16", student_dtype=FP16, teacher_dtype=FP16, lead=(5,)), HARD, "first", "triton"),
+        ShardCase(Case("no row", lead=(0,)), HARD, "even", "triton"),
+    ]  # fmt: skip
+    return found
+
+
+def cases(world: int) -> dict[str, ShardCase]:
     """By name."""
-    found = _cases("eager") + _cases("native")
+    found = _cases("eager") + _cases("native") + (_triton_cases() if world == 2 else [])
     found.append(ShardCase(Case("fp64", student_dtype=FP64, teacher_dtype=FP64), EVERYTHING, backend="auto"))
     return {case.name: case for case in found}
