@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -232,6 +233,6 @@ def _triton_cases() -> list[ShardCase]:
 
 def cases(world: int) -> dict[str, ShardCase]:
     """By name."""
-    found = _cases("eager") + _cases("native") + (_triton_cases() if world == 2 else [])
+    found = _cases("eager") + _cases("native") + (_triton_cases() if world == 2 and find_spec("triton") else [])
     found.append(ShardCase(Case("fp64", student_dtype=FP64, teacher_dtype=FP64), EVERYTHING, backend="auto"))
     return {case.name: case for case in found}

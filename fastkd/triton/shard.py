@@ -112,8 +112,8 @@ def sums(piece: Piece) -> Tensor:
             )  # fmt: skip
     t: Tensor | float = o.temperature if call.temperatures is None else call.temperatures
     by_place = found.permute(1, 2, 0)  # (splits, fields, N)
-    names = tuple(PLACES)
-    row = merge(by_place[:, list(PLACES.values())], names, t, by_place[:, COLUMNS])
+    parts = torch.stack([by_place[:, place] for place in PLACES.values()], 1)
+    row = merge(parts, tuple(PLACES), t, by_place[:, COLUMNS])
     out = torch.zeros(len(FIELDS), call.rows, device=call.device)
     for number, name in enumerate(FIELDS):
         if name == "label" and piece.owned is not None:
