@@ -184,7 +184,7 @@ def _compiled_for(threads: int, registers: int, device: torch.device) -> dict[st
     return {**options, "enable_fp_fusion": True}
 
 
-def _shape_of(block: Block, device: torch.device, busy: bool) -> dict[str, int | bool]:
+def shape_of(block: Block, device: torch.device, busy: bool) -> dict[str, int | bool]:
     """busy: with what the sweeps have more registers for."""
     registers = BUSY_REGISTERS if busy else PLAIN_REGISTERS
     return {"LANES": block.lanes, "VECTOR": block.vector, **_compiled_for(block.threads, registers, device)}
@@ -193,7 +193,7 @@ def _shape_of(block: Block, device: torch.device, busy: bool) -> dict[str, int |
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
+def on(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
@@ -214,7 +214,7 @@ def _sweep(call: Call, row_loss: Tensor, stats: Tensor | None, scales: Tensor) -
     processors = processors_of(student.device)
     split = split_rows(call.rows, call.columns, block, processors)
     programs = (call.rows * split.splits,)
-    shape = _shape_of(block, student.device, call.capped or call.with_stats)
+    shape = shape_of(block, student.device, call.capped or call.with_stats)
     inputs = (*call.student, *call.teacher)
     softening = (o.temperature, o.student_softcap, o.teacher_softcap)
     buffer = student.new_empty((call.rows, split.splits, pieces.FIELDS.value), dtype=torch.float32)
@@ -248,7 +248,7 @@ def _stay(call: Call, block: Block, row_loss: Tensor, stats: Tensor | None, scal
         *call.student, *call.teacher, *_flat(call.gradient), call.columns, call.gradient_columns, scales, row_loss,
         stats, call.labels, call.weights, call.temperatures, call.rows, call.ignore_index, o.temperature,
         o.student_softcap, o.teacher_softcap, *_options_of(call), DIVERGENCE=call.divergence, HARD=call.needs_hard,
-        CAPPED=call.capped, **_shape_of(block, call.student.data.device, busy=True),
+        CAPPED=call.capped, **shape_of(block, call.student.data.device, busy=True),
     )  # fmt: skip
 
 
@@ -263,7 +263,7 @@ def run_loss(call: Call) -> Outputs:
     # fp16 keeps the gradient of the sum: (q - p) / N would underflow before a loss scaler could save it
     normalised = student.dtype != torch.float16
     one_program = {"BLOCK": TOTAL_BLOCK, **_compiled_for(TOTAL_THREADS, BUSY_REGISTERS, student.device)}
-    with _on(student.device):
+    with on(student.device):
         ends.scale_kernel[(1,)](
             scales, pending, call.labels, call.weights, call.num_items, call.rows, call.ignore_index,
             MEAN=call.reduction == "mean", NORMALISED=normalised, **one_program,
@@ -289,8 +289,8 @@ def run_rescale(source: Rows, scaled: Rows, upstream: Tensor, pending: Tensor) -
         return
     block = SWEEP_BLOCKS[gradient.element_size()]
     split = split_rows(rows, columns, block, processors_of(gradient.device))
-    with _on(gradient.device):
+    with on(gradient.device):
         ends.rescale_kernel[(rows * split.splits,)](
             *source, *scaled, columns, upstream, int(upstream.dim() > 0), pending, *split,
-            INPLACE=source.data.data_ptr() == scaled.data.data_ptr(), **_shape_of(block, gradient.device, busy=False),
+            INPLACE=source.data.data_ptr() == scaled.data.data_ptr(), **shape_of(block, gradient.device, busy=False),
         )  # fmt: skip

@@ -72,9 +72,8 @@ class _Launch:
         self.split = self.split_of(self.width)
         self.inputs = (*self.student, *self.teacher)
         self.softening = (o.temperature, o.student_softcap or 0.0, o.teacher_softcap or 0.0)
-        warps = max(1, self.block.threads // launch.threads_per_warp(self.device))
         capped = o.student_softcap is not None or o.teacher_softcap is not None
-        self.shape = {"CAPPED": capped, "LANES": self.block.lanes, "VECTOR": self.block.vector, "num_warps": warps}
+        self.shape = {"CAPPED": capped, **launch.shape_of(self.block, self.device, capped or o.return_stats)}
         self.temperatures = None if piece.temperatures is None else piece.temperatures.float().contiguous()
         self.labels = piece.labels
         if piece.owned is not None and piece.labels is not None:
@@ -105,7 +104,7 @@ def sums(piece: Piece) -> Tensor:
     found = call.buffer(call.split.splits)
     one_sweep = o.divergence in MIXED
     if call.rows:
-        with launch._on(call.device):
+        with launch.on(call.device):
             kernels.sums_kernel[(call.rows * call.split.splits,)](
                 *call.inputs, call.width, found, call.labels, call.temperatures, -1, *call.split, *call.softening,
                 DIVERGENCE=o.divergence if one_sweep else "terms", HARD=piece.hard, STATS=o.return_stats, **call.shape,
@@ -131,7 +130,7 @@ def terms(piece: Piece, row: dict[str, Tensor]) -> Tensor:
     whole = call.whole_rows(row, call.split.splits, piece.shard.width)
     out = torch.zeros(call.rows, call.split.splits, 2, device=call.device)
     if call.rows:
-        with launch._on(call.device):
+        with launch.on(call.device):
             kernels.terms_kernel[(call.rows * call.split.splits,)](
                 *call.inputs, call.width, whole, out, call.labels, call.temperatures, -1, *call.split, *call.softening,
                 o.beta, 1.0 - o.beta, DIVERGENCE=o.divergence, **call.shape,
@@ -150,7 +149,7 @@ def gradient(piece: Piece, row: Row, into: Tensor | None) -> Tensor:
     split = call.split_of(into.shape[-1])
     if call.rows:
         dlogq = (row.dlogq / kernels.LN2.value).contiguous()
-        with launch._on(call.device):
+        with launch.on(call.device):
             shard_gradient_kernel[(call.rows * split.splits,)](
                 *call.inputs, *written, call.width, into.shape[-1], whole, dlogq, row.scale.float().contiguous(),
                 call.labels, call.temperatures, call.rows, -1, *split, *call.softening, o.beta, 1.0 - o.beta,
