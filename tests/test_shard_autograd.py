@@ -178,3 +178,26 @@ def test_transforms_are_refused(rows) -> None:
     loss = lambda s, t, y: kd_loss(s, t, y, vocab_shard=SHARD)  # noqa: E731
     with pytest.raises(RuntimeError, match=r"vocab_shard.*torch\.func"):
         torch.func.vmap(loss)(teacher[None], teacher[None], labels[None])
+
+
+@pytest.mark.parametrize("divergence", ["symmetric_kl", "jsd"])
+def test_threads_share_a_row(divergence: str, native: str) -> None:
+    """One long row: its blocks go to all threads, with the bits that one thread gives."""
+    g = torch.Generator().manual_seed(2)
+    student, teacher = (3 * torch.randn(1, 128256, generator=g) for _ in range(2))
+    student.requires_grad_()
+    labels, shard, results = torch.tensor([128255]), VocabShard(0, 128256), []
+    options = {"divergence": divergence, "temperature": 3.0, "ce_weight": 0.5, "label_smoothing": 0.1}
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            loss, stats = kd_loss(student, teacher, labels, vocab_shard=shard, return_stats=True, **options)
+            results.append((loss.detach(), torch.stack(stats), *torch.autograd.grad(loss, student)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results))
+    whole, whole_stats = kd_loss(student, teacher, labels, return_stats=True, **options)
+    _close(results[0][0], whole.detach())
+    _close(results[0][1], torch.stack(whole_stats))
+    _close(results[0][2], torch.autograd.grad(whole, student)[0])
