@@ -149,7 +149,12 @@ def agree(
     if state.first_bytes and device.type == "cpu":
         own = torch.zeros(state.first_bytes, dtype=torch.uint8)
         _headed(own, _ANEW)
-        _check_headers(group, shard, common, _gathered(group, own, _ROWS))
+        try:
+            _check_headers(group, shard, common, _gathered(group, own, _ROWS))
+        except RuntimeError as error:
+            if problem:  # this rank knows better
+                raise ValueError(f"vocab_shard: {problem}") from error
+            raise
     description = {**common, "start": shard.start, "stop": shard.stop, "problem": problem}
     text = torch.frombuffer(bytearray(_padded_json(description)), dtype=torch.uint8).to(device)
     everything = _gathered(group, text, "the exchange of the shards' map").cpu()

@@ -128,6 +128,7 @@ ERRORS: dict[str, Callable] = {
     "more rows later": _later_call(rows=lambda r, w: N + 100 * (r == 1)),
     "fewer rows later": _later_call(rows=lambda r, w: N - (r == 1)),
     "divergence later": _later_call(divergence=lambda r, w: "jsd" if r == 1 else "forward_kl"),
+    "columns later": _later_call(columns=lambda r, w: V // w - (r == 1)),
     "late": _late,
 }
 

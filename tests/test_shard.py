@@ -177,6 +177,14 @@ def test_every_rank_gets_an_error(name: str, world: int) -> None:
         assert seconds < 3 * shard_worker.TIMEOUT
 
 
+def test_a_rank_that_gets_too_few_columns_later(world: int) -> None:
+    """It knows why; the others know that it differs."""
+    for rank, result in enumerate(_results(world)):
+        kind, message, _ = result["errors"]["columns later"]
+        reason = "student_logits has" if rank == 1 else "different arguments"
+        assert (kind == "ValueError") == (rank == 1) and reason in message
+
+
 def test_a_rank_that_died(world: int) -> None:
     import shard_worker
 
