@@ -140,6 +140,7 @@ def _cases(backend: str) -> list[ShardCase]:
         case(Case("in place", lead=(3, 4), vocab=33), {**HARD, "inplace": True}),
         case(Case("in place, bf16", student_dtype=BF16, vocab=70), {"divergence": "reverse_kl", "inplace": True}),
         case(Case("cross-entropy alone"), {"kd_weight": 0.0, "ce_weight": 1.0, "return_stats": True}),
+        case(Case("tops tied across ranks", lead=(40,), vocab=6, regime="two_levels"), {"return_stats": True}),
         case(Case("no row", lead=(0,)), HARD),
         case(Case("no row that counts"), {**HARD, "divergence": "jsd"}, ignored="all"),
         case(Case("one column for all ranks", vocab=1), HARD, "even"),
