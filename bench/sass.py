@@ -30,7 +30,7 @@ def find_cuobjdump() -> str | None:
 
 
 class Kernel(NamedTuple):
-    """A kernel by its C++ name; divergence and rich are None for the ones that have neither."""
+    """A kernel by its C++ name; divergence and rich are None for the ones that do not have them."""
 
     name: str
     divergence: str | None
@@ -48,7 +48,10 @@ class Resources(NamedTuple):
 def kernel_of(symbol: str) -> Kernel:
     name = re.search(r"fastkd3gpu\d+([a-z_]+?)(?:I|E|N)", symbol)
     kind = re.search(r"DivergenceE(\d)ELb([01])", symbol)
+    sparse = re.search(r"SparseKindILb([01])E", symbol)
     assert name, symbol
+    if sparse:
+        return Kernel(name[1], None, sparse[1] == "1")
     return Kernel(name[1], DIVERGENCES[int(kind[1])] if kind else None, kind[2] == "1" if kind else None)
 
 

@@ -12,11 +12,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import checks, ops, shard_ops
+from . import checks, ops, shard_ops, sparse_ops
 from .options import check_backend
 from .shard import VocabShard, check_vocab_shard
+from .topk import TopKTeacher
 
 T = TypeVar("T")
+Teacher = Tensor | TopKTeacher
 _TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
@@ -34,17 +36,20 @@ class Explanation(NamedTuple):
         return repr(self)
 
 
-def _why_not_these_logits(student_logits: Tensor, teacher_logits: Tensor) -> str | None:
+def _why_not_these_logits(student_logits: Tensor, teacher_logits: Teacher) -> str | None:
     """What no backend with operators can take, wherever the logits are."""
     if torch._C._are_functorch_transforms_active():
         return "its autograd cannot be traced by torch.func transforms"
-    for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+    logits = {"student_logits": student_logits}
+    if isinstance(teacher_logits, Tensor):
+        logits["teacher_logits"] = teacher_logits
+    for name, x in logits.items():
         if x.dtype not in checks.LOGIT_DTYPES:
             return f"takes float32, bfloat16 and float16; {name} is {str(x.dtype).removeprefix('torch.')}"
     return None
 
 
-def _why_not_native(student_logits: Tensor, teacher_logits: Tensor) -> str | None:
+def _why_not_native(student_logits: Tensor, teacher_logits: Teacher) -> str | None:
     """Why the native operators cannot take these logits; None if they can."""
     device = student_logits.device.type
     if ops.load_error or (ops.isa_error and device == "cpu"):
@@ -88,7 +93,7 @@ def _load_triton() -> str:
     return _import_triton()
 
 
-def _why_not_triton(student_logits: Tensor, teacher_logits: Tensor) -> str | None:
+def _why_not_triton(student_logits: Tensor, teacher_logits: Teacher) -> str | None:
     """Why the Triton operators cannot take these logits; None if they can. Imports Triton if nothing else forbids."""
     missing = _triton_is_missing()
     if missing:
@@ -103,13 +108,16 @@ def _why_not_triton(student_logits: Tensor, teacher_logits: Tensor) -> str | Non
         return f"runs on {', '.join(_TRITON_DEVICES)}; the logits are on {device}"
     elif _interpreting():
         return "TRITON_INTERPRET is set, and the interpreter takes logits on the CPU"
-    return _why_not_these_logits(student_logits, teacher_logits) or _load_triton() or None
+    why_not = _why_not_these_logits(student_logits, teacher_logits) or _load_triton()
+    if not why_not and isinstance(teacher_logits, TopKTeacher) and device not in sparse_ops.devices.get("triton", ()):
+        why_not = "its kernels take no sparse teacher"
+    return why_not or None
 
 
 _REASONS = {"native": _why_not_native, "triton": _why_not_triton}  # best first
 
 
-def _why_not_one(name: str, student_logits: Tensor, teacher_logits: Tensor, sharded: bool) -> str | None:
+def _why_not_one(name: str, student_logits: Tensor, teacher_logits: Teacher, sharded: bool) -> str | None:
     """Why a backend with operators cannot take these logits, or None. sharded: they are columns of a vocabulary."""
     why_not = _REASONS[name](student_logits, teacher_logits)
     if why_not is None and sharded:
@@ -120,7 +128,7 @@ def _why_not_one(name: str, student_logits: Tensor, teacher_logits: Tensor, shar
     return why_not
 
 
-def _why_not(student_logits: Tensor, teacher_logits: Tensor, sharded: bool) -> dict[str, str | None]:
+def _why_not(student_logits: Tensor, teacher_logits: Teacher, sharded: bool) -> dict[str, str | None]:
     """Of the backends with operators, best first: why each cannot take these logits, or None."""
     return {name: _why_not_one(name, student_logits, teacher_logits, sharded) for name in _REASONS}
 
@@ -131,7 +139,7 @@ def _forced_isa_is_missing(student_logits: Tensor) -> bool:
 
 
 def _choose(
-    backend: str, student_logits: Tensor, teacher_logits: Tensor, sharded: bool = False
+    backend: str, student_logits: Tensor, teacher_logits: Teacher, sharded: bool = False
 ) -> tuple[str, str | None]:
     """The backend that computes and None, or "" and why none may."""
     if backend == "eager":
@@ -150,7 +158,7 @@ def _choose(
     return ("triton" if triton else "eager"), None
 
 
-def select_backend(backend: str, student_logits: Tensor, teacher_logits: Tensor, sharded: bool = False) -> str:
+def select_backend(backend: str, student_logits: Tensor, teacher_logits: Teacher, sharded: bool = False) -> str:
     """The backend that computes these logits; ``sharded``: they are a rank's columns of the vocabulary.
 
     Raises:
@@ -165,18 +173,21 @@ def select_backend(backend: str, student_logits: Tensor, teacher_logits: Tensor,
     raise RuntimeError(f"backend={backend!r} cannot run: {why_not}; use backend='auto' or 'eager'")
 
 
-def _native_words(student_logits: Tensor, teacher_logits: Tensor) -> str:
+def _native_words(student_logits: Tensor, teacher_logits: Teacher) -> str:
+    dense = teacher_logits if isinstance(teacher_logits, Tensor) else None
     if student_logits.device.type == "cuda":
         from .cuda import plan_for  # which needs the extension
 
-        return f"CUDA kernels, {plan_for(student_logits, teacher_logits)}"
-    return f"C++ kernels, {ops.cpu_isa()} on the CPU: one read of the logits, gradient in the same pass"
+        return f"CUDA kernels, {plan_for(student_logits, dense)}"
+    read = "one read of the student's logits" if dense is None else "one read of the logits"
+    return f"C++ kernels, {ops.cpu_isa()} on the CPU: {read}, gradient in the same pass"
 
 
 def explain(
-    student_logits: Tensor, teacher_logits: Tensor, *, backend: str = "auto", vocab_shard: VocabShard | None = None
+    student_logits: Tensor, teacher_logits: Teacher, *, backend: str = "auto", vocab_shard: VocabShard | None = None
 ) -> Explanation:
-    """Which backend :func:`fastkd.kd_loss` would use for these logits, and why not the others.
+    """Which backend :func:`fastkd.kd_loss` would use for these logits, and why not the others; with a
+    :class:`fastkd.TopKTeacher` in place of the teacher's, what :func:`fastkd.sparse_kd_loss` would.
 
     Logits, ``backend`` and ``vocab_shard`` as in :func:`fastkd.kd_loss`; nothing is computed, no other rank is asked.
     Print the result.

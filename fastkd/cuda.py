@@ -31,7 +31,7 @@ GPUS = {
 
 
 class Plan(NamedTuple):
-    """How a call is launched. sweeps: reads of both logits from global memory, the gradient's included."""
+    """How a call is launched. sweeps: reads of the logits from global memory, the gradient's included."""
 
     variant: str
     blocks: int
@@ -43,13 +43,15 @@ class Plan(NamedTuple):
     sweeps: int
     width: int  # columns of an access
     reason: str
+    sparse: bool = False  # the student's logits alone are there
 
     def __str__(self) -> str:
         shape = f"{self.blocks} blocks of {self.threads} threads, {self.shared_bytes} bytes of shared memory each"
         parts = f", clusters of {self.cluster}" if self.cluster > 1 else ""
         parts += f", {self.splits} blocks a row" if self.splits > 1 else ""
+        what = "the student's logits are" if self.sparse else "both logits are"
         reads = "once" if self.sweeps == 1 else f"{self.sweeps} times"
-        return f"{self.variant}: {self.reason}; {shape}{parts}; both logits are read {reads}"
+        return f"{self.variant}: {self.reason}; {shape}{parts}; {what} read {reads}"
 
 
 def plan_loss(
@@ -62,10 +64,12 @@ def plan_loss(
     mixed_kl: bool = True,
     with_gradient: bool = True,
     aligned: bool = True,
+    sparse: bool = False,
     wanted: str = "",
 ) -> Plan:
     """The plan for ``rows`` x ``vocab`` logits. mixed_kl: forward_kl, reverse_kl or symmetric_kl. aligned: rows of all
-    tensors begin at the same place between two 16-byte boundaries. wanted: the variant to take where a row fits it.
+    tensors begin at the same place between two 16-byte boundaries. sparse: the teacher names columns, and only the
+    student has logits. wanted: the variant to take where a row fits it.
 
     Raises:
         ValueError: rows or vocab outside their range, a dtype that the kernels do not take, an unknown variant.
@@ -77,12 +81,22 @@ def plan_loss(
             raise ValueError(f"{name} must be float32, bfloat16 or float16; got {str(dtype).removeprefix('torch.')}")
     if wanted and wanted not in VARIANTS:
         raise ValueError(f"wanted must be one of {', '.join(VARIANTS)} or empty; got {wanted!r}")
+    teacher_bytes = (student_dtype if sparse else teacher_dtype).itemsize
     text = _C.cuda_plan(
-        rows, vocab, student_dtype.itemsize, teacher_dtype.itemsize, mixed_kl, with_gradient, aligned, *gpu, wanted
+        rows,
+        vocab,
+        student_dtype.itemsize,
+        teacher_bytes,
+        mixed_kl,
+        with_gradient,
+        aligned,
+        sparse,
+        *gpu,
+        wanted,
     )
     variant, *numbers, reason = text.split("\t")
     blocks, threads, cluster, splits, shared_bytes, rows_per_block, sweeps, width = map(int, numbers)
-    return Plan(variant, blocks, threads, cluster, splits, shared_bytes, rows_per_block, sweeps, width, reason)
+    return Plan(variant, blocks, threads, cluster, splits, shared_bytes, rows_per_block, sweeps, width, reason, sparse)
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -93,14 +107,18 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(arch, p.multi_processor_count, per_block, p.shared_memory_per_multiprocessor, 16 if arch >= 90 else 1)
 
 
-def plan_for(student_logits: Tensor, teacher_logits: Tensor) -> Plan:
-    """The plan of kd_loss with a one-sweep divergence for these logits, contiguous ones, with a gradient."""
-    vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])
+def plan_for(student_logits: Tensor, teacher_logits: Tensor | None) -> Plan:
+    """The plan of kd_loss with a one-sweep divergence for these logits, contiguous ones, with a gradient; of
+    sparse_kd_loss where there are none of a teacher."""
+    sparse = teacher_logits is None
+    teacher = student_logits if teacher_logits is None else teacher_logits
+    vocab = min(student_logits.shape[-1], teacher.shape[-1])
     rows = student_logits.numel() // max(1, student_logits.shape[-1])
     return plan_loss(
         rows,
         vocab,
         gpu_of(student_logits.device),
         student_dtype=student_logits.dtype,
-        teacher_dtype=teacher_logits.dtype,
+        teacher_dtype=teacher.dtype,
+        sparse=sparse,
     )

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from . import checks, linear_checks, sparse_checks
+from .backends import select_backend
 from .linear import flat_per_token, gradients_wanted
 from .linear_chunks import Call, fused_linear
 from .linear_eager import eager_linear
 from .ops import scalars_of
 from .options import Options, check_options
 from .products import logits_dtype_for
-from .sparse import select_sparse_backend
 from .stats import KDStats
 from .topk import TopKTeacher
 
@@ -71,7 +71,7 @@ def linear_sparse_kd_loss(
     if num_items_in_batch is not None:
         num_items = checks.check_num_items(num_items_in_batch, reduction, student_hidden.device)
     logits_like = student_hidden.new_empty(0, dtype=logits_dtype_for(operands, student_hidden.device, logits_dtype))
-    name = select_sparse_backend(backend, logits_like)
+    name = select_backend(backend, logits_like, teacher)
     if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         vocab = student_weight.shape[0]
         checks.check_values_on_cpu(vocab, labels, temperatures, ignore_index)

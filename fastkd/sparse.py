@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, sparse_checks, sparse_ops
+from . import checks, sparse_checks
 from .backends import select_backend
 from .options import Options, check_options
 from .sparse_eager import eager_sparse_kd_loss
@@ -16,21 +16,6 @@ from .stats import KDStats
 from .topk import TopKTeacher
 
 _NOT_OPTIONS = ("teacher_softcap", "vocab", "vocab_shard")  # of the teacher's logits, which are not here
-
-
-def select_sparse_backend(backend: str, student_logits: Tensor) -> str:
-    """As for dense teachers, but for backends that lack the sparse operators on the logits' device."""
-    name = select_backend(backend, student_logits, student_logits)
-    built = sparse_ops.devices.get(name, ())
-    if name == "eager" or student_logits.device.type in built:
-        return name
-    if backend == "auto":
-        return "eager"
-    raise RuntimeError(
-        f"backend={backend!r} cannot run: its kernels for sparse teachers are built for "
-        f"{', '.join(built) or 'no device'}; the logits are on {student_logits.device.type}; "
-        "use backend='auto' or 'eager'"
-    )
 
 
 def _detached(x: Any) -> Any:
@@ -109,7 +94,7 @@ def sparse_kd_loss(
     num_items = None
     if num_items_in_batch is not None:
         num_items = checks.check_num_items(num_items_in_batch, reduction, student_logits.device)
-    name = select_sparse_backend(backend, student_logits)
+    name = select_backend(backend, student_logits, teacher)
     if name == "eager" and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         vocab = student_logits.shape[-1]
         checks.check_values_on_cpu(vocab, labels, temperatures, ignore_index)

@@ -32,11 +32,15 @@ def _fake_forward_inplace(student_logits, ids, logprobs, *arguments):
     return ops.fake_outputs(student_logits, reduction, with_stats)
 
 
+def register_backend(name: str, forward: str, rescale: str, built_for: tuple[str, ...]) -> None:
+    """Fake kernels and autograd for fastkd::<forward> and its twin in place; enters them, and the device types that
+    they run on."""
+    registered[name] = ops.register_operators(forward, rescale, _fake_forward, _fake_forward_inplace, 16)
+    devices[name] = built_for
+
+
 if not ops.load_error:
-    registered["native"] = ops.register_operators(
-        "sparse_forward", "kd_rescale", _fake_forward, _fake_forward_inplace, 16
-    )
-    devices["native"] = ("cpu",)
+    register_backend("native", "sparse_forward", "kd_rescale", ops.native_devices())
 
 
 def fused_sparse_kd_loss(

@@ -16,7 +16,7 @@ from fastkd import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 CPP = ROOT / "tests" / "cpp"
-PARTS = ("memory", "reference", "problems", "run", "main")
+PARTS = ("memory", "reference", "sparse_reference", "problems", "run", "main")
 WARNINGS = (
     "-Wall",
     "-Wextra",
@@ -63,7 +63,7 @@ def compile_parts(folder: Path, isa: str, flags: Sequence[str]) -> list[Path]:
     """The harness's own objects. What computes the answers stays without sanitizers: it is most of the time, and
     nothing of it is under test."""
     objects = [folder / f"{part}.o" for part in PARTS]
-    own = {part: ("-O2",) if part in ("reference", "memory") else flags for part in PARTS}
+    own = {part: ("-O2",) if part in ("reference", "sparse_reference", "memory") else flags for part in PARTS}
     define = f"-DHARNESS_KERNELS={KERNELS[isa]}"
     compile_all([(CPP / f"{part}.cpp", out, (*own[part], define)) for part, out in zip(PARTS, objects)])
     return objects
@@ -72,8 +72,9 @@ def compile_parts(folder: Path, isa: str, flags: Sequence[str]) -> list[Path]:
 def compile_kernels(folder: Path, isa: str, flags: Sequence[str], csrc: Path = ROOT / "csrc") -> list[Path]:
     """The kernels of one instruction set and their host side, from any copy of csrc."""
     cpu = csrc / "kernels" / "cpu"
-    objects = [folder / "kernels.o", folder / "launch.o"]
-    sources = [(cpu / f"isa_{isa}.cpp", (*flags, *ISA_FLAGS[isa])), (cpu / "launch.cpp", tuple(flags))]
+    objects = [folder / f"{name}.o" for name in ("kernels", "launch", "sparse_launch")]
+    sources = [(cpu / f"isa_{isa}.cpp", (*flags, *ISA_FLAGS[isa]))]
+    sources += [(cpu / f"{name}.cpp", tuple(flags)) for name in ("launch", "sparse_launch")]
     compile_all([(source, out, own) for (source, own), out in zip(sources, objects)])
     return objects
 

@@ -16,7 +16,7 @@ import simt_build
 import torch
 from torch.library import Library
 
-from fastkd import ops
+from fastkd import ops, sparse_ops
 
 WORDS = ("forward", "forward_", "rescale", "rescale_")
 NAME = "simt_kernels"
@@ -25,11 +25,14 @@ _entered: list[ModuleType] = []
 
 @functools.cache
 def _library() -> Library:
-    """The operators fastkd::simt_*, with the schemas of fastkd::kd_*."""
+    """The operators fastkd::simt_*, with the schemas of fastkd::kd_* and fastkd::sparse_*."""
     library = Library("fastkd", "FRAGMENT")
     for word in WORDS:
         schema = str(getattr(torch.ops.fastkd, f"kd_{word}").default._schema)
         library.define("simt_" + schema.removeprefix("fastkd::kd_"))
+    for word in ("sparse_forward", "sparse_forward_"):
+        schema = str(getattr(torch.ops.fastkd, word).default._schema)
+        library.define("simt_" + schema.removeprefix("fastkd::"))
     return library
 
 
@@ -45,6 +48,7 @@ def enter(binary: Path) -> ModuleType:
     module = simt_build.load(NAME, binary)
     module.announce()
     ops.register_backend("simt", "simt_")
+    sparse_ops.register_backend("simt", "simt_sparse_forward", "simt_rescale", ("cpu",))
     _entered.append(module)
     return module
 
@@ -62,10 +66,13 @@ def module() -> ModuleType:
 @contextmanager
 def native_on_simt(**configuration) -> Iterator[ModuleType]:
     """Within it, backend="native" runs the CUDA kernels on the machine; see ``configure`` in simt/kernels.cpp."""
-    built, own = module(), ops.registered["native"]
+    built, tables = module(), (ops.registered, sparse_ops.registered)
+    own = [table["native"] for table in tables]
     built.configure(**configuration)
-    ops.registered["native"] = ops.registered["simt"]
+    for table in tables:
+        table["native"] = table["simt"]
     try:
         yield built
     finally:
-        ops.registered["native"] = own
+        for table, operators in zip(tables, own):
+            table["native"] = operators

@@ -19,6 +19,7 @@ SIMT = harness.ROOT / "tests" / "simt"
 CSRC = harness.ROOT / "csrc"
 MACHINE = ("fiber", "shadow", "memory", "machine", "meeting", "phases", "access", "report")
 DIVERGENCES = ("forward_kl", "symmetric_kl", "jsd", "total_variation", "skew_forward_kl", "skew_reverse_kl")
+KERNELS = (*DIVERGENCES, "sparse")  # a file each
 FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", f"-I{SIMT}", f"-I{SIMT / 'driver'}")
 PYTHON = (f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}")
 
@@ -50,14 +51,14 @@ def write_bounds(folder: Path, csrc: Path) -> None:
 
 
 def compile_kernels(
-    folder: Path, csrc: Path = CSRC, divergences: Sequence[str] = DIVERGENCES, flags: Sequence[str] = ("-O1",)
+    folder: Path, csrc: Path = CSRC, kernels: Sequence[str] = KERNELS, flags: Sequence[str] = ("-O1",)
 ) -> list[Path]:
-    """What nvcc compiles, from any copy of csrc: kernels of these divergences and the host side."""
+    """What nvcc compiles, from any copy of csrc: these kernels and the host side."""
     cuda = csrc / "kernels" / "cuda"
     if csrc != CSRC:  # what knows the kernels finds them beside it
         shutil.copytree(SIMT, csrc.parent / "tests" / "simt", dirs_exist_ok=True)
     driver = csrc.parent / "tests" / "simt" / "driver"
-    sources = [cuda / f"{name}.cu" for name in (*divergences, "launch")]
+    sources = [cuda / f"{name}.cu" for name in (*kernels, "launch")]
     sources += [cuda / "plan.cpp", driver / "announce.cpp", driver / "without.cpp"]
     write_bounds(folder, csrc)
     return _compile(sources, folder, (*flags, f"-I{folder}", "-x", "c++"))

@@ -16,7 +16,9 @@ from pathlib import Path
 import simt_backend
 import torch
 from inputs import BF16, FP32, Case, Inputs, make_inputs
+from sparse_cases import SparseCase
 from test_loss import Problem
+from test_sparse import Problem as SparseProblem
 
 import fastkd
 
@@ -34,10 +36,13 @@ def far_inputs(vocab: int) -> Inputs:
 def wrong_with(seed: int, launch: dict, problem: dict, vocab: int) -> str:
     how = dict(problem)
     inplace, everything, far = how.pop("inplace", False), how.pop("everything", False), how.pop("far", False)
-    upstream = how.pop("upstream", 1.0)
+    upstream, tail = how.pop("upstream", 1.0), how.pop("sparse", "")
     dtype = FP32 if how.pop("fp32", False) else BF16
     case = Case("mutant", lead=(2,), vocab=vocab, student_dtype=dtype, teacher_dtype=dtype, **how)
-    problem_of_case = Problem(case, "jsd", everything)
+    problem_of_case: Problem | SparseProblem = Problem(case, "jsd", everything)
+    if tail:
+        sparse = SparseCase(case, min(40, vocab // 2))
+        problem_of_case = SparseProblem(sparse, tail, "forward_kl" if tail == "sampled" else "jsd", everything)
     with simt_backend.native_on_simt(**launch, seed=seed):
         try:
             if far:

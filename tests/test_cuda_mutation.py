@@ -37,6 +37,9 @@ class Mutant(NamedTuple):
 
 
 MERGE, RESIDENT, STREAM, VIEW = (f"cuda/{name}.cuh" for name in ("merge", "resident", "streaming", "view"))
+PREPARE, COLUMNS, SPARSE = (f"cuda/{name}.cuh" for name in ("sparse_prepare", "sparse_columns", "sparse"))
+BUCKET = {"sparse": "bucket", "everything": True}
+DRAWS = {"sparse": "sampled", "everything": True}
 
 MUTANTS = {
     "missing barrier": Mutant(
@@ -148,6 +151,52 @@ MUTANTS = {
         "const int offset = static_cast<int>((n / inner) * outer_stride + (n % inner) * inner_stride);",
         "global-bounds", STREAMING, problem={"far": True},
     ),
+    # sparse teachers
+    "sparse: sorted before all have read": Mutant(
+        PREPARE, "      warp_sync(kAllLanes);  // all have read\n", "", "race", BLOCK, problem=BUCKET,
+    ),
+    "sparse: no barrier in the sort": Mutant(
+        PREPARE, "        store(keys + high, a);\n      }\n      warp_sync(kAllLanes);",
+        "        store(keys + high, a);\n      }", "race", BLOCK, problem=BUCKET,
+    ),
+    "sparse: the map is read before it is filled": Mutant(
+        COLUMNS, "      shared_store(words + word, bits);\n    }\n    block_sync();",
+        "      shared_store(words + word, bits);\n    }", "race", CLUSTER, problem=BUCKET,
+    ),
+    "sparse: a word of the map by two threads": Mutant(
+        COLUMNS, "      if (i > 0 && word_of(named.column(i - 1)) == word) continue;\n", "", "race", STREAMING,
+        problem=BUCKET,
+    ),
+    "sparse: the map is a word short": Mutant(
+        "cuda/plan.cpp", "round_up(p.sparse ? chunks : ", "round_up(p.sparse ? chunks - 17 : ",
+        "shared-bounds", PLANNED, problem=BUCKET,
+    ),
+    "sparse: named columns are overwritten": Mutant(
+        SPARSE, "    block_sync();  // what the others stored is overwritten\n", "", "race", BLOCK, problem=BUCKET,
+    ),
+    "sparse: named columns of another part": Mutant(
+        SPARSE, "if (c.column < first || c.column >= end) continue;", "if (c.column < first) continue;",
+        "race-between-clusters|race", STREAMING, problem=BUCKET,
+    ),
+    "sparse: the named columns stay in the rest": Mutant(
+        COLUMNS, "named >> i & 1 ? minus_infinity() : s.value[i]", "s.value[i]", "numbers", BLOCK, problem=BUCKET,
+    ),
+    "sparse: an edge's named columns stay in the rest": Mutant(
+        SPARSE, "i >= 0 ? map.bits_of(i) : row.named.bits_of(at, 1)", "i >= 0 ? map.bits_of(i) : 0u", "numbers", BLOCK,
+        vocab=33, problem=BUCKET,
+    ),
+    "sparse: the logits are gathered after they are overwritten": Mutant(
+        SPARSE, "const NamedColumn c = column_of(named.at(i));\n      if (c.column < first",
+        "NamedColumn c = column_of(named.at(i));\n      c.logit = student_logit(call.call.loss, n, c.column);\n"
+        "      if (c.column < first", "numbers|race|stale-read", BLOCK, problem={**BUCKET, "inplace": True},
+    ),
+    "sparse: a draw's weight is lost": Mutant(
+        PREPARE, "j < entries && repeats(j); ++j)", "j < entries && repeats(j) && j < 0; ++j)", "numbers", BLOCK,
+        problem=DRAWS, vocab=33,
+    ),
+    "sparse: the label's part is lost at a named column": Mutant(
+        SPARSE, "if (c.column == r.label) d += state.rest.label;", "", "numbers", BLOCK, problem=BUCKET, vocab=33,
+    ),
 }  # fmt: skip
 
 
@@ -159,7 +208,9 @@ class Machine(NamedTuple):
 
     def run(self, csrc: Path, folder: Path, ways: list) -> list[str]:
         """What each way (launch, problem, vocabulary) and seed has to say about these sources."""
-        objects = simt_build.compile_kernels(folder, csrc, ("jsd",))
+        sparse = {"sparse" in problem for _, problem, _ in ways}
+        kernels = [name for name, asked in (("sparse", True), ("jsd", False)) if asked in sparse]
+        objects = simt_build.compile_kernels(folder, csrc, kernels)
         binary = simt_backend.link([*self.common, *objects], folder)
         job = {"module": str(binary), "seeds": SEEDS, "ways": ways}
         print(json.dumps(job), file=self.runner.stdin, flush=True)

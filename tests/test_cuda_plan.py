@@ -109,3 +109,30 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
     assert "cluster of 8 blocks" in printed and "the other divergences" in printed
     assert main(["plan", "--dtype", "float7"]) == 2
     assert "float7" in capsys.readouterr().err
+
+
+# gpu, rows, vocab, student -> variant, cluster, sweeps: a row is half as long, and a byte a chunk more
+SPARSE = [
+    ("h100", 8192, 128256, BF16, "cluster", 4, 1),
+    ("h100", 8192, 262144, BF16, "cluster", 8, 1),
+    ("h100", 8192, 262144, FP32, "cluster", 16, 1),
+    ("h100", 8192, 1000, BF16, "block", 1, 1),
+    ("h100", 8192, 1, FP32, "block", 1, 1),
+    ("h100", 1, 1 << 20, BF16, "streaming", 1, 2),
+    ("a100", 8192, 64000, BF16, "block", 1, 1),
+    ("a100", 8192, 128256, BF16, "streaming", 1, 2),
+    ("a100", 8192, 2**31 - 1, FP32, "streaming", 1, 2),
+]
+
+
+@pytest.mark.parametrize("row", SPARSE, ids=[f"{g}-{n}x{v}-{s}".replace("torch.", "") for g, n, v, s, *_ in SPARSE])
+def test_sparse_table(row: tuple) -> None:
+    gpu, rows, vocab, student, variant, cluster, sweeps = row
+    plan = plan_loss(rows, vocab, GPUS[gpu], student_dtype=student, sparse=True, mixed_kl=False)
+    assert (plan.variant, plan.cluster, plan.sweeps) == (variant, cluster, sweeps), plan
+    assert plan.shared_bytes <= GPUS[gpu].shared_per_block
+    chunks = vocab // (16 // student.itemsize)
+    parts = plan.splits if variant == "streaming" else plan.cluster
+    held = 0 if variant == "streaming" else 16
+    assert plan.shared_bytes >= -(-chunks // parts) * (held + 1)
+    assert "the student's logits are read" in str(plan)

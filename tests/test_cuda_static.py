@@ -39,12 +39,18 @@ def expected_kernels() -> set[sass.Kernel]:
             names = ["warp_resident", "block_resident", "stream_sums", "stream_finish"]
             names += [] if divergence in KINDS[:2] else ["stream_terms"]
             found |= {sass.Kernel(name, divergence, rich) for name in names}
-    return found
+    found.add(sass.Kernel("sparse_prepare", None, None))
+    names = ("sparse_resident", "sparse_sums", "sparse_finish")
+    return found | {sass.Kernel(name, None, rich) for name in names for rich in (False, True)}
 
 
 # threads a block and blocks a multiprocessor that the registers must allow
 def occupancy(kernel: sass.Kernel, arch: str) -> tuple[int, int]:
-    if kernel.name == "block_resident":
+    if kernel.name == "sparse_prepare":
+        return 32, 16
+    if kernel.name in ("sparse_sums", "sparse_finish"):
+        return 256, 2
+    if kernel.name in ("block_resident", "sparse_resident"):
         if kernel.rich:
             return 512, 1
         return (256, 3) if arch != "sm_80" else (512, 1)  # slices of a cluster; a whole row
@@ -76,14 +82,14 @@ def has(instructions: list[sass.Instruction], opcode: str, width: str) -> bool:
 def test_accesses_of_16_bytes(arch: str) -> None:
     """Copies or loads, and stores of the gradient, by 128 bits."""
     for kernel, instructions in sass.code(LIBRARY, arch).items():
-        if kernel.name in ("warp_resident", "block_resident"):
+        if kernel.name in ("warp_resident", "block_resident", "sparse_resident"):
             assert has(instructions, "LDGSTS", "128"), (arch, kernel)
             assert has(instructions, "LDS", "128") and has(instructions, "STG", "128"), (arch, kernel)
             in_bulk = any(i.opcode.startswith("UBLKCP") for i in instructions)
             assert in_bulk == (kernel.name == "block_resident" and arch != "sm_80"), (arch, kernel)
-        elif kernel.name in ("stream_sums", "stream_terms"):
+        elif kernel.name in ("stream_sums", "stream_terms", "sparse_sums"):
             assert has(instructions, "LDG", "128"), (arch, kernel)
-        elif kernel.name in ("stream_finish", "rescale_kernel"):
+        elif kernel.name in ("stream_finish", "rescale_kernel", "sparse_finish"):
             assert has(instructions, "LDG", "128") and has(instructions, "STG", "128"), (arch, kernel)
 
 

@@ -23,6 +23,7 @@ class Mutant(NamedTuple):
 
 ROW, KERNEL, SWEEPS = "core/row.h", "kernels/cpu/row_kernel.h", "kernels/cpu/sweeps.h"
 SUMS, CONVERT, LAUNCH = "core/accumulators.h", "kernels/cpu/convert.h", "kernels/cpu/launch.cpp"
+SPARSE, SPARSE_ROW, SPARSE_LAUNCH = "core/sparse.h", "kernels/cpu/sparse_row.h", "kernels/cpu/sparse_launch.cpp"
 TERMS, KERNELS, FINISH = "core/divergence.h", "kernels/cpu/kernels.h", "core/finish.h"
 
 MUTANTS = {
@@ -100,6 +101,52 @@ MUTANTS = {
     "gradient of the sharing threads skips a block": Mutant(
         KERNELS, "executor.run(blocks_of(job.params.columns), 1", "executor.run(blocks_of(job.params.columns) - 1, 1"
     ),
+    # sparse teachers
+    "sparse: the rest's mass by the difference alone": Mutant(
+        SPARSE_LAUNCH, "left = -std::expm1(static_cast<double>(entries[top].logprob))",
+        "left = 1 - static_cast<double>(std::exp(entries[top].logprob))",
+    ),
+    "sparse: the entries are not sorted": Mutant(
+        SPARSE_LAUNCH, "if (!std::is_sorted(entries.begin(), entries.end(), before))", "if (false)"
+    ),
+    "sparse: an id twice is accepted": Mutant(SPARSE_LAUNCH, "i < entries.size() && !sampled; ++i", "false; ++i"),
+    "sparse: id V is accepted": Mutant(SPARSE_LAUNCH, "ids[i] >= view.params.columns", "ids[i] > view.params.columns"),
+    "sparse: padding is an entry": Mutant(
+        SPARSE_LAUNCH, "if (ids[i] < 0 && logprobs[i] == minus_infinity()) continue;\n", ""
+    ),
+    "sparse: not normalised over the ids": Mutant(SPARSE_LAUNCH, "c.log2_p -= mass", "c.log2_p -= 0 * mass"),
+    "sparse: the ids at the teacher's temperature": Mutant(SPARSE_LAUNCH, "teacher.temperature / t", "1.0f"),
+    "sparse: the weight of a second draw is lost": Mutant(SPARSE, "c.weight = total;", ""),
+    "sparse: the rest is no outcome": Mutant(SPARSE, "  terms.value += rest.value;\n", ""),
+    "sparse: the rest's gradient is lost": Mutant(
+        SPARSE, "c.student += kd * terms.dlogq_rest / rest.sum", "c.student += 0"
+    ),
+    "sparse: the rest's exponentials not shifted": Mutant(
+        SPARSE, "c.student = of_q * exp2(student.rest_shift)", "c.student = of_q"
+    ),
+    "sparse: a block's exponentials not shifted": Mutant(
+        SPARSE_ROW, "const float student = c.student * exp2(shift)", "const float student = c.student"
+    ),
+    "sparse: the named columns stay in the rest": Mutant(SPARSE_ROW, "    logit = minus_infinity();\n", ""),
+    "sparse: the rest's largest is that of all": Mutant(
+        SPARSE_ROW, "if (!was_largest) return largest;", "return largest;"
+    ),
+    "sparse: the peak is that of the rest": Mutant(
+        SPARSE, "all.largest_s = rest.peak;", "all.largest_s = rest.largest;"
+    ),
+    "sparse: named columns keep the rest's gradient": Mutant(
+        SPARSE_ROW, "      gradient[c->column - first_column] = c->gradient;", "      (void)c;"
+    ),
+    "sparse: the label's part is lost": Mutant(
+        SPARSE_ROW, "gradient[label - first_column] += job.coefficients.label", "gradient[label - first_column] += 0"
+    ),
+    "sparse: no hard part at named columns": Mutant(
+        SPARSE, "(hard == 0 ? 0.0f : hard * exp2(temperature * y))", "0.0f"
+    ),
+    "sparse: the entropy of the rest is lost": Mutant(SPARSE, "- exp2(student.log2_rest) * log2_q;", ";"),
+    "sparse: the last block is not swept": Mutant(
+        SPARSE_ROW, "executor->run(blocks, 1, body, &context)", "executor->run(blocks - 1, 1, body, &context)"
+    ),
 }  # fmt: skip
 # the processor's own bf16 conversion passes by the code of this mutant
 ISA = {"bf16 by truncation": "baseline"}
@@ -115,9 +162,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     return out
 
 
-def _verdict(folder: Path, isa: str, parts: dict[str, list[Path]], csrc: Path) -> tuple[int, str]:
+def _verdict(
+    folder: Path, isa: str, parts: dict[str, list[Path]], csrc: Path, problems: str = "quick"
+) -> tuple[int, str]:
     objects = parts[isa] + harness.compile_kernels(folder, isa, FLAGS, csrc)
-    done = harness.run(harness.link(objects, folder / "harness"), "quick", "4", timeout=120)
+    done = harness.run(harness.link(objects, folder / "harness"), problems, "4", timeout=120)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -137,5 +186,5 @@ def test_mutant_is_caught(name: str, parts: dict[str, list[Path]], tmp_path: Pat
     original = path.read_text()
     assert original.count(mutant.old) == 1, f"csrc/{mutant.file} has {original.count(mutant.old)} times: {mutant.old}"
     path.write_text(original.replace(mutant.old, mutant.new))
-    status, output = _verdict(tmp_path, isa, parts, csrc)
+    status, output = _verdict(tmp_path, isa, parts, csrc, "sparse" if name.startswith("sparse:") else "quick")
     assert status != 0, f"survived: {name}\n{output}"

@@ -314,3 +314,15 @@ def test_functions_transform_through_eager() -> None:
 
 def test_public_names() -> None:
     assert {"SparseKDLoss", "TopKTeacher", "sparse_kd_loss"} <= set(fastkd.__all__)
+
+
+def test_explain_speaks_of_sparse_teachers(native: str) -> None:
+    """The backend that would run is the one that does, and the answer is about the student alone."""
+    student, teacher = torch.randn(3, 20), TopKTeacher(torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1))
+    answer = fastkd.explain(student, teacher)
+    assert answer.backend == "native" and "the student's logits" in answer.reasons["native"]
+    assert "float64" in fastkd.explain(student.double(), teacher).reasons["native"]
+    assert fastkd.explain(student.double(), teacher).backend == "eager"
+    half = TopKTeacher(teacher.ids, teacher.logprobs.double())  # of which no backend asks more than values
+    assert fastkd.explain(student, half).backend == "native"
+    assert fastkd.explain(student, teacher, backend="triton").backend == ""

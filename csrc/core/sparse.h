@@ -66,29 +66,30 @@ struct StudentPiece {
   }
 };
 
+// Sums of exponentials over named columns, K of them one after the other: in double.
+struct NamedSums {
+  double sum = 0, sum_hard = 0;
+
+  FASTKD_METHOD void add(float y, float temperature) {
+    sum += exp2(y);
+    sum_hard += exp2(temperature * y);
+  }
+};
+
 // The student's whole row: Piece's own sums, relative to the row's peak, and the rest within it.
 struct StudentRow {
   Piece all;
   float log2_sum, log2_rest;  // log2 of the softmax denominator, and of the probability of the rest
   float rest_shift;           // log2 of the factor from the rest's exponentials to the row's
 
-  FASTKD_METHOD StudentRow(const Softening& softening, const StudentPiece& rest, const NamedColumn* named,
-                           int64_t count) {
-    const float t = softening.temperature;
+  // named: relative to the peak
+  FASTKD_METHOD StudentRow(const Softening& softening, const StudentPiece& rest, const NamedSums& named) {
     all.largest_s = rest.peak;
     all.linear_s = rest.linear;
     all.columns = rest.columns;
     rest_shift = softening.shift(rest.largest, rest.peak);
-    // the named columns are added one after the other, K of them: in double
-    double sum = rest.sum * exp2(rest_shift), sum_hard = rest.sum_hard * exp2(t * rest_shift);
-    const Exponent<float> exponent = softening.relative_to(rest.peak);
-    for (int64_t i = 0; i < count; ++i) {
-      const float y = exponent(named[i].logit);
-      sum += exp2(y);
-      sum_hard += exp2(t * y);
-    }
-    all.sum_s = static_cast<float>(sum);
-    all.sum_hard = static_cast<float>(sum_hard);
+    all.sum_s = static_cast<float>(rest.sum * exp2(rest_shift) + named.sum);
+    all.sum_hard = static_cast<float>(rest.sum_hard * exp2(softening.temperature * rest_shift) + named.sum_hard);
     log2_sum = log2_of_row(all.sum_s);
     log2_rest = log2_of_row(rest.sum) + rest_shift - log2_sum;
   }
@@ -124,29 +125,30 @@ FASTKD_FN Term<float> outcome_term(const RowOptions& o, float log2_p, float log2
   }
 }
 
-// Terms of the named columns, their dlogq stored in them, and of the rest.
+// Sums over the outcomes.
 struct SparseTerms {
-  double value = 0, dlogq = 0;  // sums over the outcomes, in units of ln 2
+  double value = 0, dlogq = 0;  // in units of ln 2
   double teacher_entropy = 0;   // likewise
   float dlogq_rest = 0;
 };
 
-FASTKD_FN SparseTerms sparse_terms(const RowOptions& o, const Softening& softening, const StudentRow& student,
-                                   const SparseTail& tail, NamedColumn* named, int64_t count) {
-  SparseTerms terms;
-  const Exponent<float> exponent = softening.relative_to(student.all.largest_s);
-  for (int64_t i = 0; i < count; ++i) {
-    NamedColumn& c = named[i];
-    const bool sampled = tail.kind == Tail::sampled;
-    const float log2_q = exponent(c.logit) - student.log2_sum;
-    const Term<float> term = sampled ? Term<float>{weigh(c.weight, c.log2_p - log2_q), -kLog2e * c.weight}
-                                     : outcome_term(o, c.log2_p, log2_q, minus_infinity());
-    c.dlogq = term.dlogq;
-    terms.value += term.value;
-    terms.dlogq += term.dlogq;
-    terms.teacher_entropy -= weigh(sampled ? c.weight : exp2(c.log2_p), c.log2_p);
-  }
-  if (tail.kind == Tail::sampled) return terms;
+// The term of a named column whose exponent relative to the row's peak is y. log2_sum: of the StudentRow.
+FASTKD_FN Term<float> named_term(const RowOptions& o, float log2_sum, const SparseTail& tail, const NamedColumn& c,
+                                 float y) {
+  const float log2_q = y - log2_sum;
+  if (tail.kind == Tail::sampled) return {weigh(c.weight, c.log2_p - log2_q), -kLog2e * c.weight};
+  return outcome_term(o, c.log2_p, log2_q, minus_infinity());
+}
+
+FASTKD_FN void add_named(SparseTerms& terms, const Term<float>& term, const SparseTail& tail, const NamedColumn& c) {
+  terms.value += term.value;
+  terms.dlogq += term.dlogq;
+  terms.teacher_entropy -= weigh(tail.kind == Tail::sampled ? c.weight : exp2(c.log2_p), c.log2_p);
+}
+
+// The rest as one outcome.
+FASTKD_FN void add_rest(SparseTerms& terms, const RowOptions& o, const StudentRow& student, const SparseTail& tail) {
+  if (tail.kind == Tail::sampled) return;
   const bool absent = student.log2_rest == minus_infinity() && !(tail.rest > tail.resolution);
   const float log2_p = absent ? minus_infinity() : log2_of_row(tail.rest);
   const float lowest = tail.kind == Tail::bucket ? log2_of_row(tail.resolution) : minus_infinity();
@@ -155,60 +157,60 @@ FASTKD_FN SparseTerms sparse_terms(const RowOptions& o, const Softening& softeni
   terms.value += rest.value;
   terms.dlogq += rest.dlogq;
   terms.teacher_entropy -= weigh(exp2(log2_p), log2_p);
-  return terms;
 }
 
-// Coefficients of the rest's exponentials, relative to its largest logit, and the whole gradients of the named columns
-// but what their label adds. weight: the factor of the row's divergence in the total over T; hard: of its
-// cross-entropy.
-FASTKD_FN GradientCoefficients sparse_gradient(const RowOptions& o, const Softening& softening,
-                                               const StudentRow& student, const StudentPiece& rest,
-                                               const SparseTerms& terms, NamedColumn* named, int64_t count,
-                                               float weight, float hard) {
-  GradientCoefficients c;
-  if (hard != 0) add_cross_entropy(c, o, student.all, Denominators(student.all), hard);
-  const float kd = weight * kLn2, spoilt = zero_unless_nan(student.all);
-  const float of_q = kd == 0 ? 0.0f : spoilt - kd * static_cast<float>(terms.dlogq) / student.all.sum_s;
-  const Exponent<float> exponent = softening.relative_to(student.all.largest_s);
-  for (int64_t i = 0; i < count; ++i) {
-    const float y = exponent(named[i].logit), own = kd == 0 ? 0.0f : kd * named[i].dlogq;
-    const float of_hard = c.hard == 0 ? 0.0f : c.hard * exp2(o.temperature * y);
-    named[i].gradient = own + of_q * exp2(y) + of_hard + c.constant;
+// What a named column's gradient is made of, but for what its label adds; exponents relative to the row's peak.
+struct NamedGradient {
+  float own = 0, of_q = 0, hard = 0, constant = 0;  // factors of dlogq, 2^y, 2^(T y), 1
+
+  FASTKD_METHOD float at(float y, float dlogq, float temperature) const {
+    return (own == 0 ? 0.0f : own * dlogq) + of_q * exp2(y) + (hard == 0 ? 0.0f : hard * exp2(temperature * y)) +
+           constant;
   }
-  c.hard *= exp2(o.temperature * student.rest_shift);
+};
+
+struct SparseGradient {
+  NamedGradient named;
+  GradientCoefficients rest;  // of its exponentials, relative to its own largest logit
+};
+
+// weight: the factor of the row's divergence in the total over T; hard: of its cross-entropy.
+FASTKD_FN SparseGradient sparse_gradient(const RowOptions& o, const Softening& softening, const StudentRow& student,
+                                         const StudentPiece& rest, const SparseTerms& terms, float weight, float hard) {
+  SparseGradient g;
+  GradientCoefficients& c = g.rest;
+  if (hard != 0) add_cross_entropy(c, o, student.all, Denominators(student.all), hard);
+  const float kd = weight * kLn2;
+  const float of_q =
+      kd == 0 ? 0.0f : zero_unless_nan(student.all) - kd * static_cast<float>(terms.dlogq) / student.all.sum_s;
+  g.named = {kd, of_q, c.hard, c.constant};
+  c.hard *= exp2(softening.temperature * student.rest_shift);
   c.student = of_q * exp2(student.rest_shift);
   if (kd != 0 && rest.sum > 0) c.student += kd * terms.dlogq_rest / rest.sum;
-  return c;
+  return g;
 }
 
-// -sum q log q of the whole row in units of ln 2.
-FASTKD_FN float student_entropy(const Softening& softening, const StudentRow& student, const StudentPiece& rest,
-                                const NamedColumn* named, int64_t count) {
-  const Exponent<float> exponent = softening.relative_to(student.all.largest_s);
-  double sum = 0;
-  if (rest.sum > 0) {
-    sum = exp2(student.log2_rest) * (rest.entropy / rest.sum + student.rest_shift - student.log2_sum);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const float log2_q = exponent(named[i].logit) - student.log2_sum;
-    sum += weigh(exp2(log2_q), log2_q);
-  }
-  return zero_unless_nan(student.all) - static_cast<float>(sum);
+// Parts of -sum q log q of the row in units of ln 2: of a named column, and of the rest.
+FASTKD_FN float named_entropy(float log2_sum, float y) {
+  const float log2_q = y - log2_sum;
+  return -weigh(exp2(log2_q), log2_q);
+}
+FASTKD_FN double rest_entropy(const StudentRow& student, const StudentPiece& rest) {
+  if (!(rest.sum > 0)) return zero_unless_nan(student.all);
+  const float log2_q = rest.entropy / rest.sum + student.rest_shift - student.log2_sum;
+  return zero_unless_nan(student.all) - exp2(student.log2_rest) * log2_q;
 }
 
-// The most probable named column, the lowest one at a tie; -1 where there is none.
-FASTKD_FN int64_t teacher_top(const NamedColumn* named, int64_t count) {
-  Top top{minus_infinity(), -1};
-  for (int64_t i = 0; i < count; ++i) top.merge({named[i].log2_p, named[i].column});
-  return top.column;
-}
+// What the statistics need of the named columns.
+struct NamedStatistics {
+  double entropy = 0;                 // see named_entropy
+  Top teacher{minus_infinity(), -1};  // the most probable one, the lowest at a tie; -1 where there is none
+};
 
-// From a row's sums to its loss, statistics and gradient. with_stats: also the entropies and the agreement.
-FASTKD_FN RowOutcome finish_sparse_row(const RowOptions& o, const Softening& softening, const StudentPiece& rest,
-                                       const SparseTail& tail, NamedColumn* named, int64_t count, const RowInputs& in,
-                                       bool with_stats) {
-  const StudentRow student(softening, rest, named, count);
-  const SparseTerms terms = sparse_terms(o, softening, student, tail, named, count);
+// From a row's sums to its loss, and to its statistics where they are asked for.
+FASTKD_FN RowOutcome sparse_outcome(const RowOptions& o, const Softening& softening, const StudentPiece& rest,
+                                    const StudentRow& student, const SparseTerms& terms, const RowInputs& in,
+                                    const NamedStatistics& named, bool with_stats) {
   RowOutcome out;
   out.divergence = kLn2 * static_cast<float>(terms.value) + zero_unless_nan(student.all);
   if (o.kd_weight != 0) {  // a part of weight 0 is left out: it may be infinite
@@ -220,17 +222,57 @@ FASTKD_FN RowOutcome finish_sparse_row(const RowOptions& o, const Softening& sof
     if (o.ce_weight != 0) out.loss += o.ce_weight * out.cross_entropy;
   }
   out.loss *= in.token_weight;
-  if (with_stats) {
-    out.student_entropy = kLn2 * student_entropy(softening, student, rest, named, count);
-    out.teacher_entropy = kLn2 * static_cast<float>(terms.teacher_entropy);
-    out.top1_agreement = rest.top.column == teacher_top(named, count) ? 1.0f : 0.0f;
-  }
-  if (!in.wants_gradient) return out;
+  if (!with_stats) return out;
+  out.student_entropy = kLn2 * static_cast<float>(rest_entropy(student, rest) + named.entropy);
+  out.teacher_entropy = kLn2 * static_cast<float>(terms.teacher_entropy);
+  out.top1_agreement = rest.top.column == named.teacher.column ? 1.0f : 0.0f;
+  return out;
+}
+
+FASTKD_FN SparseGradient sparse_gradient_of(const RowOptions& o, const Softening& softening, const StudentRow& student,
+                                            const StudentPiece& rest, const SparseTerms& terms, const RowInputs& in) {
   const float scale = in.token_weight * in.gradient_scale;
   const float weight = scale * o.kd_weight * (o.scale_by_t2 ? o.temperature : 1.0f / o.temperature);
-  const float hard = in.needs_hard ? scale * o.ce_weight : 0.0f;
-  out.coefficients = sparse_gradient(o, softening, student, rest, terms, named, count, weight, hard);
+  return sparse_gradient(o, softening, student, rest, terms, weight, in.needs_hard ? scale * o.ce_weight : 0.0f);
+}
+
+// A whole row whose named columns one thread walks; their gradients are stored in them.
+FASTKD_FN RowOutcome finish_sparse_row(const RowOptions& o, const Softening& softening, const StudentPiece& rest,
+                                       const SparseTail& tail, NamedColumn* named, int64_t count, const RowInputs& in,
+                                       bool with_stats) {
+  const Exponent<float> exponent = softening.relative_to(rest.peak);
+  NamedSums sums;
+  for (int64_t i = 0; i < count; ++i) sums.add(exponent(named[i].logit), softening.temperature);
+  const StudentRow student(softening, rest, sums);
+  SparseTerms terms;
+  NamedStatistics statistics;
+  for (int64_t i = 0; i < count; ++i) {
+    NamedColumn& c = named[i];
+    const float y = exponent(c.logit);
+    const Term<float> term = named_term(o, student.log2_sum, tail, c, y);
+    c.dlogq = term.dlogq;
+    add_named(terms, term, tail, c);
+    if (!with_stats) continue;
+    statistics.entropy += named_entropy(student.log2_sum, y);
+    statistics.teacher.merge({c.log2_p, c.column});
+  }
+  add_rest(terms, o, student, tail);
+  RowOutcome out = sparse_outcome(o, softening, rest, student, terms, in, statistics, with_stats);
+  if (!in.wants_gradient) return out;
+  const SparseGradient gradient = sparse_gradient_of(o, softening, student, rest, terms, in);
+  out.coefficients = gradient.rest;
+  for (int64_t i = 0; i < count; ++i) {
+    const float y = exponent(named[i].logit);
+    named[i].gradient = gradient.named.at(y, named[i].dlogq, o.temperature);
+  }
   return out;
+}
+
+// Another draw of a column that has some already: their weights add up, and so does what they add to the loss.
+FASTKD_FN void add_draw(NamedColumn& c, float weight, float log2_p) {
+  const float total = c.weight + weight;
+  if (log2_p != c.log2_p && total > 0) c.log2_p = (c.weight * c.log2_p + weight * log2_p) / total;
+  c.weight = total;
 }
 
 }  // namespace fastkd

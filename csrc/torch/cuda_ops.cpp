@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../kernels/cuda/launch.h"
-#include "arguments.h"
+#include "sparse_arguments.h"
 
 // The one symbol of a CUDA build of torch that is needed. Weak: the extension also loads where torch has no CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -40,6 +40,36 @@ std::optional<Variant> wanted_variant() {
 
 struct Cuda {
   static Outputs loss(LossParams p, const Tensor& student, const Tensor& teacher, RowTensors rows, const Scalars& o) {
+    return run(p, student, teacher, rows, o, [&](CudaCall& call, const GpuLimits& limits, void* stream) {
+      const Plan plan = plan_call(call.params, limits, wanted_variant());
+      const Tensor workspace = workspace_of(call, student, workspace_bytes(call.params, call.reduction, plan));
+      return run_loss_cuda(call, plan, stream);
+    });
+  }
+
+  static Outputs sparse(LossParams p, const SparseTeacher& teacher, const Tensor& student, RowTensors rows,
+                        const Scalars& o) {
+    return run(p, student, student, rows, o, [&](CudaCall& call, const GpuLimits& limits, void* stream) {
+      const Plan plan = plan_sparse(call.params, limits, wanted_variant());
+      const Tensor workspace = workspace_of(call, student, sparse_workspace_bytes(call, teacher, plan));
+      return run_sparse_cuda(call, teacher, plan, stream);
+    });
+  }
+
+  static void rescale(Rows source, Rows target, const Tensor& gradient, const Tensor& upstream, const Tensor& pending) {
+    const int32_t device = gradient.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    RescaleParams p;
+    const RescaleTensors kept = fill_rescale(p, source, target, gradient, upstream, pending);
+    const auto* common = static_cast<const float*>(kept.pending.const_data_ptr());
+    check(run_rescale_cuda(p, common, limits_of(device), current_stream(device)));
+  }
+
+ private:
+  // The call that `compute(call, limits, stream)` enqueues.
+  template <class Compute>
+  static Outputs run(LossParams& p, const Tensor& student, const Tensor& teacher, RowTensors& rows, const Scalars& o,
+                     const Compute& compute) {
     const int32_t device = student.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     fill_params(p, student, teacher, rows, o);
@@ -50,20 +80,14 @@ struct Cuda {
     call.loss = static_cast<float*>(out.loss.mutable_data_ptr());
     call.pending = static_cast<float*>(out.pending.mutable_data_ptr());
     call.params = p;
-    const Plan plan = plan_call(p, limits_of(device), wanted_variant());
-    const Tensor workspace = new_tensor(student, {workspace_bytes(p, call.reduction, plan)}, ScalarType::Byte);
-    call.workspace = const_cast<void*>(workspace.const_data_ptr());
-    check(run_loss_cuda(call, plan, current_stream(device)));
+    check(compute(call, limits_of(device), current_stream(device)));
     return out;
   }
 
-  static void rescale(Rows source, Rows target, const Tensor& gradient, const Tensor& upstream, const Tensor& pending) {
-    const int32_t device = gradient.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    RescaleParams p;
-    const RescaleTensors kept = fill_rescale(p, source, target, gradient, upstream, pending);
-    const auto* common = static_cast<const float*>(kept.pending.const_data_ptr());
-    check(run_rescale_cuda(p, common, limits_of(device), current_stream(device)));
+  static Tensor workspace_of(CudaCall& call, const Tensor& like, int64_t bytes) {
+    Tensor workspace = new_tensor(like, {bytes}, ScalarType::Byte);
+    call.workspace = workspace.mutable_data_ptr();
+    return workspace;
   }
 };
 
@@ -76,4 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
   m.impl("kd_forward_", TORCH_BOX(&Cuda::kd_forward_));
   m.impl("kd_rescale", TORCH_BOX(&Cuda::kd_rescale));
   m.impl("kd_rescale_", TORCH_BOX(&Cuda::kd_rescale_));
+  using Sparse = fastkd::SparseOperators<fastkd::Cuda>;
+  m.impl("sparse_forward", TORCH_BOX(&Sparse::sparse_forward));
+  m.impl("sparse_forward_", TORCH_BOX(&Sparse::sparse_forward_));
 }

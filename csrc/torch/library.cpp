@@ -82,10 +82,10 @@ PyObject* cuda_plan(PyObject*, PyObject* arguments) {
   fastkd::Problem p;
   fastkd::GpuLimits gpu;
   long long rows = 0, columns = 0;
-  int student_bytes = 0, teacher_bytes = 0, mixed_kl = 0, with_gradient = 0, aligned = 0;
+  int student_bytes = 0, teacher_bytes = 0, mixed_kl = 0, with_gradient = 0, aligned = 0, sparse = 0;
   const char* wanted = "";
-  if (!PyArg_ParseTuple(arguments, "LLiipppiiiiis", &rows, &columns, &student_bytes, &teacher_bytes, &mixed_kl,
-                        &with_gradient, &aligned, &gpu.arch, &gpu.multiprocessors, &gpu.shared_per_block,
+  if (!PyArg_ParseTuple(arguments, "LLiippppiiiiis", &rows, &columns, &student_bytes, &teacher_bytes, &mixed_kl,
+                        &with_gradient, &aligned, &sparse, &gpu.arch, &gpu.multiprocessors, &gpu.shared_per_block,
                         &gpu.shared_per_multiprocessor, &gpu.largest_cluster, &wanted)) {
     return nullptr;
   }
@@ -97,6 +97,7 @@ PyObject* cuda_plan(PyObject*, PyObject* arguments) {
   p.mixed_kl = mixed_kl != 0;
   p.with_gradient = with_gradient != 0;
   p.aligned = aligned != 0;
+  p.sparse = sparse != 0;
   const fastkd::Plan plan = fastkd::plan_loss(p, gpu, fastkd::variant_of(wanted));
   std::string text = fastkd::name_of(plan.variant);
   for (const int64_t number :

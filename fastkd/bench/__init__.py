@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastkd.divergence import SPECS
 
-from . import linear_jobs
+from . import linear_jobs, sparse_jobs
 from .jobs import PRESETS, Job, run_job
 from .measure import flush_bytes
 from .plot import draw
@@ -20,11 +20,13 @@ from .report import Result, add_rates, console, machine, write_csv
 from .tables import all_tables
 from .targets import table_of_targets
 
+EXTRA = {"linear": linear_jobs, "sparse": sparse_jobs}  # presets with jobs and tables of their own
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastkd bench", description=__doc__)
-    parser.add_argument("--preset", choices=[*PRESETS, "linear", "all"], default="default",
-                        help="what to measure; all: everything but linear")  # fmt: skip
+    parser.add_argument("--preset", choices=[*PRESETS, *EXTRA, "all"], default="default",
+                        help="what to measure; all: everything but linear and sparse")  # fmt: skip
     parser.add_argument("--rows", type=int, default=256, help="N (default: 256)")
     parser.add_argument("--vocab", type=int, default=128256, help="V (default: 128256)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
@@ -34,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=10, help="timed runs of each provider (default: 10)")
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), help="default: all that apply")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of bench.csv and bench.png")
-    linear_jobs.add_arguments(parser)
+    for preset in EXTRA.values():
+        preset.add_arguments(parser)
     return parser
 
 
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the tables, write CSV and PNG. Exit status 1 where a provider's result was wrong."""
     arguments = _parser().parse_args(argv)
     names = list(PRESETS) if arguments.preset == "all" else [arguments.preset]
-    presets = {**PRESETS, "linear": linear_jobs.all_jobs}
+    presets = {**PRESETS, **{name: preset.all_jobs for name, preset in EXTRA.items()}}
     results = _run([job for name in names for job in presets[name](arguments)])
     add_rates(results)
     out = console()
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "its page faults, like all that naive allocates; naive-warm keeps its memory from run to run. "
         "GB/s: of 3 N·V, the least for loss and gradient (2 for copy and value)."
     )
-    for table in [*all_tables(results), *linear_jobs.all_tables(results)]:
+    for table in [*all_tables(results), *(table for preset in EXTRA.values() for table in preset.all_tables(results))]:
         out.print(table)
     targets = table_of_targets(results, linear_jobs.all_targets(results))
     if targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,17 +37,20 @@ def _sum_of_losses(student: Tensor, problem: Problem, rows: Tensor | slice) -> T
     )  # fmt: skip
 
 
-def reference(problem: Problem) -> Reference:
+Sum = Callable[[Tensor, Problem, Tensor | slice], Tensor]  # of the losses of some rows, from the student's in fp64
+
+
+def reference(problem: Problem, sum_of_losses: Sum = _sum_of_losses) -> Reference:
     """Computed in chunks of rows: fp64 copies of a large problem would not fit beside it."""
     student = problem.student_logits.detach()
     step = max(1, CHUNK_ELEMENTS // problem.vocab)
     total = 0.0
     for start in range(0, problem.rows, step):
         rows = slice(start, start + step)
-        total += float(_sum_of_losses(student[rows].double(), problem, rows))
+        total += float(sum_of_losses(student[rows].double(), problem, rows))
     some = torch.linspace(0, problem.rows - 1, min(GRADIENT_ROWS, problem.rows)).round().long()
     leaf = student[some].double().requires_grad_()
-    (gradient,) = torch.autograd.grad(_sum_of_losses(leaf, problem, some), leaf)
+    (gradient,) = torch.autograd.grad(sum_of_losses(leaf, problem, some), leaf)
     return Reference(total / problem.rows, some, gradient / problem.rows, problem.labels[some])
 
 

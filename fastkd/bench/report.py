@@ -76,7 +76,7 @@ def add_rates(results: Sequence[Result]) -> None:
         if "peak" in result:
             result["peak_nv"] = result["peak"] / unit
     for result in timed:
-        group = {key: result[key] for key in GROUP}
+        group = {key: result[key] for key in (*GROUP, "k") if key in result}
         copy, naive = find(timed, provider="copy", **group), find(timed, provider="naive", **group)
         if copy:
             result["share_of_copy"] = result["gb_per_s"] / copy["gb_per_s"]
@@ -99,8 +99,9 @@ def console() -> Console:
 
 
 COLUMNS = (
-    "preset", "provider", "rows", "hidden", "teacher_hidden", "vocab", "dtype", "divergence", "temperature", "threads",
-    "allocator", "cold", "rounds", "repeats", "p20", "p50", "p80", "times_naive", "bytes", "gb_per_s", "share_of_copy",
+    "preset", "provider", "rows", "hidden", "teacher_hidden", "vocab", "k", "dtype", "divergence", "temperature",
+    "threads", "allocator", "cold", "rounds", "repeats", "p20", "p50", "p80", "times_naive", "bytes", "gb_per_s",
+    "share_of_copy",
     "peak", "peak_nv", "extra", "error", "first_run_seconds", "missing", "wrong", "date", "cpu", "cores", "isa",
     "torch", "fastkd", "python", "commit",
 )  # fmt: skip

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/kernels/cpu/launch.h"
+#include "../../csrc/kernels/cpu/sparse_launch.h"
 
 namespace harness {
 
@@ -53,6 +53,8 @@ struct Problem {
   bool identical = false;           // teacher = student
   bool swapped = false;  // all logits 0 but one, in the first column of the student, the second of the teacher
   double upstream = 1;   // applied by the rescaling kernel
+  int64_t k = 0;         // > 0: a sparse teacher of so many entries a row, taken from the dense one
+  fastkd::Tail tail = fastkd::Tail::bucket;
 
   bool ties_are_exact() const { return identical || swapped; }
 };
@@ -62,17 +64,30 @@ struct Row {
   int64_t label;
   bool ignored;
   double weight, temperature;
+  std::vector<int64_t> ids;      // (K), in no order; -1: no entry. May repeat for Tail::sampled
+  std::vector<double> logprobs;  // (K), as they are stored
 };
 
 struct Answer {
   double loss = 0, loss_magnitude = 0;  // of the row, weighted, not divided
   double kd = 0, ce = 0, student_entropy = 0, teacher_entropy = 0, agreement = 0;
+  int64_t top = 0;  // the student's
   std::vector<double> gradient, magnitude,
       slack;  // of the row's loss; slack: absolute, beside a tie of total variation
 };
 
 // fp64, from the formulas of DESIGN section 1; reference.cpp.
 Answer answer_of(const Problem& problem, const Row& row);
+
+// What a sparse problem computes of the divergence, added to `a`; sparse_reference.cpp. lq: log-softmax of the student.
+void add_sparse_divergence(const Problem& problem, const Row& row, const std::vector<double>& lq, Answer& a);
+
+// What both references are made of: one outcome's term, d term / d lq, what rounding can do to either, and what a tie
+// in doubt can.
+struct Term {
+  double value, dlogq, size, slack = 0;
+};
+Term term_of(const Problem& problem, double lp, double lq);
 
 // All problems: every divergence, dtype, option, odd widths, layouts. `quick`: the part that mutants are judged by.
 std::vector<Problem> all_problems(bool quick);

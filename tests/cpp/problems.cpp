@@ -164,6 +164,43 @@ void add_long_rows(std::vector<Problem>& out, bool quick) {
   out.push_back(p);
 }
 
+// Sparse teachers: few and many named columns, at the ends of vectors and blocks; rows apart, and one over threads.
+void add_sparse(std::vector<Problem>& out, bool quick) {
+  using fastkd::Tail;
+  const float temperatures[] = {2, 1, 3, 0.7f};
+  const int64_t widths[] = {1, 9, 17, 130, 2049, 4203, 70001};
+  int turn = 0;
+  for (Divergence d : kDivergences)
+    for (Tail tail : {Tail::bucket, Tail::renormalize, Tail::sampled})
+      for (int64_t columns : widths) {
+        const bool reverse = d == Divergence::reverse_kl || d == Divergence::symmetric_kl;
+        if (tail == Tail::renormalize && reverse) continue;
+        if (tail == Tail::sampled && d != Divergence::forward_kl) continue;
+        ++turn;
+        if (columns == 70001 && quick && turn % 3) continue;
+        Problem p = named("sparse tail " + std::to_string(static_cast<int>(tail)), d, columns > 9999 ? 1 : 5, columns,
+                          kDTypes[turn % 3]);
+        p.tail = tail;
+        p.k = columns < 20 ? (columns + 1) / 2 : 40;
+        if (columns == 130) p.k = turn % 2 ? 130 : 1;
+        p.options.temperature = temperatures[turn % 4];
+        p.options.ce_weight = turn % 5 ? 0.6f : 0.0f;
+        p.options.label_smoothing = turn % 5 == 1 ? 0.1f : 0.0f;
+        p.options.z_loss = turn % 5 == 2 ? 0.01f : 0.0f;
+        p.options.kd_weight = 1.2f;
+        p.stats = turn % 2 == 0;
+        p.in_place = turn % 3 == 0;
+        p.weights = turn % 4 == 1;
+        p.offset = turn % 5;
+        p.stride_gap = turn % 3 * 3;
+        p.student_softcap = turn % 7 == 3 ? 6.0f : 0.0f;
+        p.peak = turn % 4 == 2 ? 12 : 0;
+        p.upstream = turn % 6 == 5 ? -1.5 : 1;
+        p.reduction = turn % 6 == 5 ? fastkd::Reduction::none : fastkd::Reduction::mean;
+        out.push_back(p);
+      }
+}
+
 }  // namespace
 
 std::vector<Problem> all_problems(bool quick) {
@@ -173,6 +210,7 @@ std::vector<Problem> all_problems(bool quick) {
   add_values(out);
   add_parallel(out, quick);
   add_long_rows(out, quick);
+  add_sparse(out, quick);
   out.push_back(named("no rows", Divergence::forward_kl, 0, 9, DType::float32));
   return out;
 }

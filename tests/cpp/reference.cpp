@@ -34,11 +34,6 @@ double log_mix(double share_a, double log_a, double log_b) {
   return std::isinf(top) ? top : top + std::log(std::exp(a - top) + std::exp(b - top));
 }
 
-// term, d term / d lq, the size of what rounding can do to either, and what a tie in doubt can
-struct Term {
-  double value, dlogq, size, slack = 0;
-};
-
 Term forward(double p, double lp, double lq) {
   return {weighted(p, lp - lq), -p, weighted(p, (2 + std::abs(lp)) * (2 + std::abs(lp) + std::abs(lq)))};
 }
@@ -52,35 +47,6 @@ Term reverse(double q, double lp, double lq) {
 Term total_variation(double p, double q, double size, double logs, bool ties_are_exact) {
   const bool in_doubt = std::abs(p - q) <= 0x1p-18 * (p + q) * (1 + logs) && !(ties_are_exact && p == q);
   return {0.5 * std::abs(p - q), p > q ? -0.5 * q : q > p ? 0.5 * q : 0, size, in_doubt ? q : 0};
-}
-
-Term term_of(const Problem& problem, double lp, double lq) {
-  const double beta = problem.options.beta;
-  const double p = std::exp(lp), q = std::exp(lq), size_p = 2 + std::abs(finite(lp)), size_q = 2 + std::abs(finite(lq));
-  const double size = 4 * (p * size_p + q * size_q);
-  switch (problem.options.divergence) {
-    case Divergence::forward_kl: return forward(p, lp, lq);
-    case Divergence::reverse_kl: return reverse(q, lp, lq);
-    case Divergence::symmetric_kl: {
-      const Term f = forward(p, lp, lq), r = reverse(q, lp, lq);
-      return {beta * f.value + (1 - beta) * r.value, beta * f.dlogq + (1 - beta) * r.dlogq, f.size + r.size};
-    }
-    case Divergence::total_variation: return total_variation(p, q, size, size_p + size_q, problem.ties_are_exact());
-    case Divergence::jsd: {
-      const double lm = log_mix(beta, lp, lq);
-      const double student = (1 - beta) * weighted(q, lq - lm);
-      return {beta * weighted(p, lp - lm) + student, student, size};
-    }
-    case Divergence::skew_forward_kl: {
-      const double lm = log_mix(beta, lp, lq);
-      return {weighted(p, lp - lm), -(1 - beta) * weighted(p, q > 0 ? std::exp(lq - lm) : 0), size};
-    }
-    case Divergence::skew_reverse_kl: {
-      const double lm = log_mix(beta, lq, lp);
-      return {weighted(q, lq - lm), weighted(q, lq - lm + 1 - beta * std::exp(lq - lm)), size};
-    }
-  }
-  return {};
 }
 
 double capped(double x, float cap) { return cap == 0 || std::isinf(x) ? x : cap * std::tanh(x / cap); }
@@ -138,6 +104,35 @@ void add_cross_entropy(const Problem& p, const Row& row, const Values& student, 
 
 }  // namespace
 
+Term term_of(const Problem& problem, double lp, double lq) {
+  const double beta = problem.options.beta;
+  const double p = std::exp(lp), q = std::exp(lq), size_p = 2 + std::abs(finite(lp)), size_q = 2 + std::abs(finite(lq));
+  const double size = 4 * (p * size_p + q * size_q);
+  switch (problem.options.divergence) {
+    case Divergence::forward_kl: return forward(p, lp, lq);
+    case Divergence::reverse_kl: return reverse(q, lp, lq);
+    case Divergence::symmetric_kl: {
+      const Term f = forward(p, lp, lq), r = reverse(q, lp, lq);
+      return {beta * f.value + (1 - beta) * r.value, beta * f.dlogq + (1 - beta) * r.dlogq, f.size + r.size};
+    }
+    case Divergence::total_variation: return total_variation(p, q, size, size_p + size_q, problem.ties_are_exact());
+    case Divergence::jsd: {
+      const double lm = log_mix(beta, lp, lq);
+      const double student = (1 - beta) * weighted(q, lq - lm);
+      return {beta * weighted(p, lp - lm) + student, student, size};
+    }
+    case Divergence::skew_forward_kl: {
+      const double lm = log_mix(beta, lp, lq);
+      return {weighted(p, lp - lm), -(1 - beta) * weighted(p, q > 0 ? std::exp(lq - lm) : 0), size};
+    }
+    case Divergence::skew_reverse_kl: {
+      const double lm = log_mix(beta, lq, lp);
+      return {weighted(q, lq - lm), weighted(q, lq - lm + 1 - beta * std::exp(lq - lm)), size};
+    }
+  }
+  return {};
+}
+
 Answer answer_of(const Problem& problem, const Row& row) {
   Answer a;
   const size_t own = row.student.size(), columns = std::min(own, row.teacher.size());
@@ -151,11 +146,16 @@ Answer answer_of(const Problem& problem, const Row& row) {
   for (double& x : s) x = capped(x, problem.student_softcap);
   for (double& x : t) x = capped(x, problem.teacher_softcap);
   const LogProbabilities lq = log_softmax(s, row.temperature), lp = log_softmax(t, row.temperature);
-  add_divergence(problem, row, lq, lp, a);
+  a.agreement = first_top(s) == first_top(t);
+  a.teacher_entropy = entropy(lp.values);
+  if (problem.k > 0) {
+    a.top = first_top(s);
+    add_sparse_divergence(problem, row, lq.values, a);
+  } else {
+    add_divergence(problem, row, lq, lp, a);
+  }
   if (problem.labels && (problem.options.ce_weight != 0 || problem.stats)) add_cross_entropy(problem, row, s, a);
   a.student_entropy = entropy(lq.values);
-  a.teacher_entropy = entropy(lp.values);
-  a.agreement = first_top(s) == first_top(t);
   a.loss *= row.weight;
   a.loss_magnitude *= row.weight;
   for (size_t i = 0; i < columns; ++i) {

@@ -39,6 +39,8 @@ struct Data {
   GuardedRows student, teacher, gradient;
   std::vector<int64_t> labels;
   std::vector<float> weights, temperatures;
+  std::vector<int64_t> ids;     // (N, K)
+  std::vector<float> logprobs;  // (N, K)
 
   explicit Data(const Problem& p);
 };
@@ -72,6 +74,24 @@ Row make_row(const Problem& p, int64_t n, std::mt19937_64& random) {
   return row;
 }
 
+// K entries of the teacher's own log-probabilities, in no order and over the whole row; one of them padding.
+void name_columns(const Problem& p, int64_t n, std::mt19937_64& random, Row& row) {
+  const auto columns = static_cast<int64_t>(row.teacher.size());
+  const double t = p.tail == fastkd::Tail::renormalize ? 1 : row.temperature;
+  double top = -INFINITY, sum = 0;
+  for (double x : row.teacher) top = std::max(top, x / t);
+  for (double x : row.teacher) sum += std::exp(x / t - top);
+  const int64_t step = columns > 2 && columns % 2 == 1 ? (columns + 1) / 2 : 1;  // coprime to the number of columns
+  for (int64_t k = 0; k < p.k; ++k) {
+    int64_t id = (columns - 1 + (n + k) * step) % columns;
+    if (p.tail == fastkd::Tail::sampled) id = static_cast<int64_t>(random() % static_cast<uint64_t>(columns));
+    const bool padding = k == 1 && n % 2 == 1;
+    const double lp = row.teacher[static_cast<size_t>(id)] / t - top - std::log(sum);
+    row.ids.push_back(padding ? -1 : id);
+    row.logprobs.push_back(padding ? -INFINITY : static_cast<double>(static_cast<float>(lp)));
+  }
+}
+
 Data::Data(const Problem& p)
     : student(p.rows, p.student_columns, p.student_columns + p.stride_gap, p.offset, p.student_dtype),
       teacher(p.rows, p.teacher_columns, p.teacher_columns + p.stride_gap, p.offset + 1, p.teacher_dtype),
@@ -87,6 +107,12 @@ Data::Data(const Problem& p)
     for (int64_t i = 0; i < p.teacher_columns; ++i) {
       teacher.set(n, i, row.ignored ? NAN : row.teacher[static_cast<size_t>(i)]);
       row.teacher[static_cast<size_t>(i)] = teacher.get(n, i);
+    }
+    if (p.k > 0) name_columns(p, n, random, row);
+    for (int64_t k = 0; k < p.k; ++k) {  // ignored rows are not read
+      const auto at = static_cast<size_t>(k);
+      ids.push_back(row.ignored ? int64_t{1} << 40 : row.ids[at]);
+      logprobs.push_back(row.ignored ? 7.0f : static_cast<float>(row.logprobs[at]));
     }
     labels.push_back(row.ignored ? -100 : row.label);
     weights.push_back(static_cast<float>(row.weight));
@@ -126,6 +152,20 @@ fastkd::LossCall call_of(const Problem& p, Data& d, Result& r) {
   call.loss = r.loss.data();
   call.pending_scale = &r.pending;
   return call;
+}
+
+fastkd::Status compute(const Problem& p, const Data& d, const fastkd::LossCall& call,
+                       const fastkd::Executor& executor) {
+  if (p.k == 0) return fastkd::run_loss_cpu(call, executor);
+  fastkd::SparseTeacher teacher;
+  teacher.ids = d.ids.data();
+  teacher.logprobs = d.logprobs.data();
+  teacher.k = p.k;
+  teacher.tail = p.tail;
+  teacher.temperature = p.tail == fastkd::Tail::renormalize ? 1.0f : 0.0f;
+  teacher.resolution = fastkd::mass_resolution(0x1p-24f);
+  teacher.mass_limit = fastkd::mass_limit(0x1p-24f);
+  return fastkd::run_sparse_cpu(call, teacher, executor);
 }
 
 // Collects the first complaint.
@@ -200,15 +240,32 @@ void check_refusals(const Problem& p, Report& report, const fastkd::Executor& ex
   d.labels[static_cast<size_t>(last)] = std::min(p.student_columns, p.teacher_columns);
   const double before = d.student.get(0, 0);
   fastkd::LossCall call = call_of(p, d, r);
-  const fastkd::Status status = fastkd::run_loss_cpu(call, executor);
+  const fastkd::Status status = compute(p, d, call, executor);
   report.require(status.code == fastkd::Status::label_out_of_range && status.row == last, "label V was not refused");
   report.require(d.student.get(0, 0) == before, "logits were written although a label is wrong");
   d.labels[static_cast<size_t>(last)] = 0;
   d.temperatures[static_cast<size_t>(last)] = -1;
   call = call_of(p, d, r);
   call.params.temperatures = d.temperatures.data();
-  report.require(fastkd::run_loss_cpu(call, executor).code == fastkd::Status::bad_temperature,
+  report.require(compute(p, d, call, executor).code == fastkd::Status::bad_temperature,
                  "temperature -1 was not refused");
+  if (p.k < 2 || p.tail == fastkd::Tail::sampled) return;
+  d.temperatures[static_cast<size_t>(last)] = 1;
+  const auto entry = static_cast<size_t>(last * p.k);
+  const int64_t own = d.ids[entry];
+  const auto refuses = [&](int64_t id, float lp, fastkd::Status::Code code, const char* what) {
+    d.ids[entry] = id;
+    d.logprobs[entry] = lp;
+    call = call_of(p, d, r);
+    const fastkd::Status found = compute(p, d, call, executor);
+    report.require(found.code == code && found.row == last, what);
+  };
+  if (d.rows[static_cast<size_t>(last)].ignored) return;
+  const float lp = d.logprobs[entry];
+  refuses(call.params.columns, lp, fastkd::Status::bad_id, "id V was not refused");
+  refuses(own, 0.01f, fastkd::Status::bad_logprob, "a probability above 1 was not refused");
+  const int64_t other = d.ids[entry + static_cast<size_t>(p.k - 1)];
+  if (other >= 0) refuses(other, lp, fastkd::Status::duplicate_id, "an id twice was not refused");
 }
 
 }  // namespace
@@ -220,7 +277,7 @@ std::string run(const Problem& p, int threads) {
   Data d(p);
   Result r;
   fastkd::LossCall call = call_of(p, d, r);
-  report.require(fastkd::run_loss_cpu(call, executor).code == fastkd::Status::ok, "a good problem was refused");
+  report.require(compute(p, d, call, executor).code == fastkd::Status::ok, "a good problem was refused");
   std::vector<float> upstream(static_cast<size_t>(p.rows), static_cast<float>(p.upstream));
   fastkd::RescaleParams rescale;
   rescale.rows = p.rows;
@@ -239,7 +296,7 @@ std::string run(const Problem& p, int threads) {
   Result value;
   fastkd::LossCall alone = call_of(p, again, value);
   alone.params.gradient.data = nullptr;
-  fastkd::run_loss_cpu(alone, executor);
+  compute(p, again, alone, executor);
   report.require(value.loss == r.loss, "the value alone differs from the value with gradient");
   return report.text();
 }

@@ -5,7 +5,7 @@
 
 #include "../../csrc/kernels/cuda/launch.h"
 #include "../../csrc/kernels/cuda/limits.h"
-#include "../../csrc/torch/arguments.h"
+#include "../../csrc/torch/sparse_arguments.h"
 #include "binding.h"
 #include "driver/driver.h"
 #include "driver/staging.h"
@@ -27,27 +27,30 @@ struct Settings {
 } settings;
 
 // A plan for shapes that the arithmetic would give to another variant.
-Plan bend(Plan plan, const LossParams& p) {
+Plan bend(Plan plan, const LossParams& p, const Problem& problem) {
   const bool streaming = settings.variant == "streaming";
-  const auto bytes = [&](const Rows& rows, int chunks) {
-    return (chunks * plan.access.width * static_cast<int>(size_of(rows.dtype)) + 15) / 16 * 16;
-  };
+  const int scratch = problem.sparse ? kSparseScratchBytes : kBlockScratchBytes;
+  const int64_t chunks = p.columns / plan.access.width;
   plan.variant = streaming ? Variant::streaming : settings.parts == 1 ? Variant::block : Variant::cluster;
   plan.threads = settings.threads;
   plan.splits = streaming ? settings.parts : 1;
   plan.bulk = !streaming && brings_in_bulk(settings.limits, p.student.dtype, p.teacher.dtype);
   plan.cluster = streaming ? 1 : settings.parts;
   plan.blocks = streaming && !p.gradient.data ? p.rows : p.rows * settings.parts;
-  plan.team_chunks = static_cast<int>((p.columns / plan.access.width + plan.cluster - 1) / plan.cluster);
-  plan.team_bytes = kBlockScratchBytes + bytes(p.student, plan.team_chunks) + bytes(p.teacher, plan.team_chunks);
-  plan.shared_bytes = streaming ? kBlockScratchBytes : plan.team_bytes;
+  plan.team_chunks = static_cast<int>((chunks + plan.cluster - 1) / plan.cluster);
+  plan.team_bytes = scratch + static_cast<int>(chunk_bytes_of(problem, plan.team_chunks, plan.access.width));
+  const int64_t streamed = (chunks + plan.splits - 1) / plan.splits;
+  const int map = problem.sparse && plan.access.vectors ? static_cast<int>((streamed + 15) / 16 * 16) : 0;
+  plan.shared_bytes = streaming ? scratch + map : plan.team_bytes;
   return plan;
 }
 
-Plan plan_of(const LossParams& p) {
-  const Plan plan = plan_call(p, settings.limits);
+// plan: what the arithmetic chooses.
+Plan plan_of(const Plan& plan, LossParams p, bool sparse) {
+  if (sparse) p.teacher = p.student;
   // rows without common boundaries can only be streamed
-  return settings.variant.empty() || (settings.variant != "streaming" && !plan.access.vectors) ? plan : bend(plan, p);
+  const bool chosen = settings.variant.empty() || (settings.variant != "streaming" && !plan.access.vectors);
+  return chosen ? plan : bend(plan, p, problem_of(p, sparse));
 }
 
 void check(const char* error) {
@@ -59,26 +62,28 @@ void check(const char* error) {
 struct Simt {
   static Outputs loss(LossParams p, const Tensor& student, const Tensor& teacher, RowTensors rows, const Scalars& o) {
     fill_params(p, student, teacher, rows, o);
-    CudaCall call;
-    call.reduction = parse_reduction(o.reduction);
-    Outputs out = new_outputs(p, student, o);
-    Staging staging;
-    stage_rows(staging, p);
-    p.labels = staging.input("labels", p.labels, p.rows);
-    p.token_weights = staging.input("token_weights", p.token_weights, p.rows);
-    p.temperatures = staging.input("temperatures", p.temperatures, p.rows);
-    p.stats = staging.output("stats", p.stats, 5 * p.rows);
-    call.num_items = staging.input("num_items", float_data(rows.num_items), 1);
-    const int64_t losses = call.reduction == Reduction::none ? p.rows : 1;
-    call.loss = staging.output("loss", static_cast<float*>(out.loss.mutable_data_ptr()), losses);
-    call.pending = staging.output("pending", static_cast<float*>(out.pending.mutable_data_ptr()), 1);
-    call.params = p;
-    settings.plan = plan_of(p);
-    call.workspace = staging.workspace("workspace", workspace_bytes(p, call.reduction, settings.plan));
-    begin(staging);
-    const char* error = run_loss_cuda(call, settings.plan, nullptr);
-    end(staging, error);
-    return out;
+    return run(p, student, rows, o, [&](Staging& staging, CudaCall& call) {
+      settings.plan = plan_of(plan_call(call.params, settings.limits), call.params, false);
+      const int64_t bytes = workspace_bytes(call.params, call.reduction, settings.plan);
+      call.workspace = staging.workspace("workspace", bytes);
+      begin(staging);
+      return run_loss_cuda(call, settings.plan, nullptr);
+    });
+  }
+
+  static Outputs sparse(LossParams p, SparseTeacher teacher, const Tensor& student, RowTensors rows, const Scalars& o) {
+    fill_params(p, student, student, rows, o);
+    return run(p, student, rows, o, [&](Staging& staging, CudaCall& call) {
+      const int64_t entries = p.rows * teacher.k;
+      teacher.ids = staging.input("ids", teacher.ids, entries);
+      teacher.logprobs = staging.input("logprobs", teacher.logprobs, entries);
+      teacher.weights = staging.input("weights", teacher.weights, entries);
+      settings.plan = plan_of(plan_sparse(call.params, settings.limits), call.params, true);
+      const int64_t bytes = sparse_workspace_bytes(call, teacher, settings.plan);
+      call.workspace = staging.workspace("workspace", bytes);
+      begin(staging);
+      return run_sparse_cuda(call, teacher, settings.plan, nullptr);
+    });
   }
 
   static void rescale(Rows source, Rows target, const Tensor& gradient, const Tensor& upstream, const Tensor& pending) {
@@ -96,6 +101,28 @@ struct Simt {
   }
 
  private:
+  // The call on staged tensors that `enqueue(staging, call)` runs.
+  template <class Enqueue>
+  static Outputs run(LossParams p, const Tensor& student, RowTensors& rows, const Scalars& o, const Enqueue& enqueue) {
+    CudaCall call;
+    call.reduction = parse_reduction(o.reduction);
+    Outputs out = new_outputs(p, student, o);
+    Staging staging;
+    stage_rows(staging, p);
+    p.labels = staging.input("labels", p.labels, p.rows);
+    p.token_weights = staging.input("token_weights", p.token_weights, p.rows);
+    p.temperatures = staging.input("temperatures", p.temperatures, p.rows);
+    p.stats = staging.output("stats", p.stats, 5 * p.rows);
+    call.num_items = staging.input("num_items", float_data(rows.num_items), 1);
+    const int64_t losses = call.reduction == Reduction::none ? p.rows : 1;
+    call.loss = staging.output("loss", static_cast<float*>(out.loss.mutable_data_ptr()), losses);
+    call.pending = staging.output("pending", static_cast<float*>(out.pending.mutable_data_ptr()), 1);
+    call.params = p;
+    const char* error = enqueue(staging, call);
+    end(staging, error);
+    return out;
+  }
+
   static void stage_rows(Staging& staging, LossParams& p) {
     const bool inplace = p.gradient.data == p.student.data;
     p.teacher = staging.rows("teacher", p.teacher, p.rows, p.columns, true, false);
@@ -189,6 +216,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("simt_forward_", TORCH_BOX(&Simt::kd_forward_));
   m.impl("simt_rescale", TORCH_BOX(&Simt::kd_rescale));
   m.impl("simt_rescale_", TORCH_BOX(&Simt::kd_rescale_));
+  using Sparse = fastkd::SparseOperators<fastkd::Simt>;
+  m.impl("simt_sparse_forward", TORCH_BOX(&Sparse::sparse_forward));
+  m.impl("simt_sparse_forward_", TORCH_BOX(&Sparse::sparse_forward_));
 }
 
 PYBIND11_MODULE(simt_kernels, m) {
@@ -199,4 +229,5 @@ PYBIND11_MODULE(simt_kernels, m) {
   m.def("limits", &fastkd::limits);
   m.attr("piece_bytes") = sizeof(fastkd::Piece);
   m.attr("term_bytes") = sizeof(fastkd::TermSums);
+  m.attr("student_piece_bytes") = sizeof(fastkd::StudentPiece);
 }

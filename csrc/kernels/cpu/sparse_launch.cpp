@@ -109,10 +109,7 @@ void merge_draws(const std::vector<Entry>& entries, bool weighted, std::vector<N
       named.push_back({e.id, log2_p, weight});
       continue;
     }
-    NamedColumn& c = named.back();
-    const float total = c.weight + weight;
-    if (log2_p != c.log2_p && total > 0) c.log2_p = (c.weight * c.log2_p + weight * log2_p) / total;
-    c.weight = total;
+    add_draw(named.back(), weight, log2_p);
   }
 }
 

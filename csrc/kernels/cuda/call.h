@@ -1,7 +1,7 @@
 // One call of the loss on the GPU, as its kernels see it: every pointer is device memory. Host and device; no CUDA.
 #pragma once
 
-#include "../params.h"
+#include "../sparse_params.h"
 
 namespace fastkd {
 
@@ -33,6 +33,28 @@ struct CudaLoss {
   float* label_logits = nullptr;  // (N): read before anything is overwritten
 
   float* total = nullptr;  // (1): the reduced loss, or null for Reduction::none
+};
+
+// A named column as the kernels keep it, and what else they keep of a row's teacher.
+struct alignas(16) SparseEntry {
+  int column;
+  float log2_p, weight, logit;  // see NamedColumn
+};
+struct alignas(16) SparseHead {
+  int count;   // of entries, by ascending column
+  float rest;  // mass of the rest
+  int wrong;   // 1: a value that no teacher may have; the row's loss and gradient are NaN
+  float label_logit;
+};
+
+struct CudaSparse {
+  CudaLoss call;  // its teacher is the student, its pieces are none
+  SparseTeacher teacher;
+  int64_t padded_k = 1;            // K up to a power of two
+  int64_t* keys = nullptr;         // (N, padded_k)
+  SparseEntry* entries = nullptr;  // (N, K)
+  SparseHead* heads = nullptr;     // (N)
+  StudentPiece* pieces = nullptr;  // streaming: (N, splits)
 };
 
 // The scales of a call: the sum of the weights of the rows that count, or a given number of items.

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "sequence.h"
+#include "sparse_sequence.h"
 
 namespace fastkd {
 namespace {
@@ -103,11 +103,19 @@ const char* gpu_limits(int device, GpuLimits* limits) {
 }
 
 int64_t workspace_bytes(const LossParams& params, Reduction reduction, const Plan& plan) {
-  return Workspace(nullptr, params.rows, reduction, plan).bytes;
+  return Workspace(nullptr, params.rows, reduction, plan).space.bytes;
 }
 
 const char* run_loss_cuda(const CudaCall& call, const Plan& plan, void* stream) {
   return enqueue_loss(call, plan, Launch{static_cast<cudaStream_t>(stream)});
+}
+
+int64_t sparse_workspace_bytes(const CudaCall& call, const SparseTeacher& teacher, const Plan& plan) {
+  return SparseWorkspace(call, teacher, plan).space.bytes;
+}
+
+const char* run_sparse_cuda(const CudaCall& call, const SparseTeacher& teacher, const Plan& plan, void* stream) {
+  return enqueue_sparse(call, teacher, plan, Launch{static_cast<cudaStream_t>(stream)});
 }
 
 const char* run_rescale_cuda(const RescaleParams& params, const float* pending, const GpuLimits& gpu, void* stream) {

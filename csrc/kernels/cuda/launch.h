@@ -20,7 +20,12 @@ const char* gpu_limits(int device, GpuLimits* limits);
 Plan plan_call(const LossParams& params, const GpuLimits& gpu, std::optional<Variant> wanted = std::nullopt);
 int64_t workspace_bytes(const LossParams& params, Reduction reduction, const Plan& plan);
 
-// Both enqueue on the stream and return what went wrong, or null.
+// With a sparse teacher; params.teacher is not looked at.
+Plan plan_sparse(LossParams params, const GpuLimits& gpu, std::optional<Variant> wanted = std::nullopt);
+int64_t sparse_workspace_bytes(const CudaCall& call, const SparseTeacher& teacher, const Plan& plan);
+const char* run_sparse_cuda(const CudaCall& call, const SparseTeacher& teacher, const Plan& plan, void* stream);
+
+// These enqueue on the stream and return what went wrong, or null.
 const char* run_loss_cuda(const CudaCall& call, const Plan& plan, void* stream);
 const char* run_rescale_cuda(const RescaleParams& params, const float* pending, const GpuLimits& gpu, void* stream);
 

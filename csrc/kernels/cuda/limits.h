@@ -2,7 +2,7 @@
 // logits.
 #pragma once
 
-#include "../../core/finish.h"
+#include "../../core/sparse.h"
 
 namespace fastkd {
 
@@ -32,7 +32,20 @@ struct alignas(16) TeamScratch {
   RowState before_terms, before_gradient;
 };
 
+// What is needed of a row with a sparse teacher: by every thread for the gradient of the rest, and by the first warp
+// for that of the named columns.
+struct SparseState {
+  float largest = 0, peak = 0, log2_sum = 0;
+  GradientCoefficients rest;
+  NamedGradient named;
+};
+struct alignas(16) SparseScratch {
+  StudentPiece warp_pieces[kMaxWarps], piece;
+  SparseState before_gradient;
+};
+
 constexpr int kWarpScratchBytes = sizeof(TeamScratch<true>);
 constexpr int kBlockScratchBytes = sizeof(TeamScratch<false>);
+constexpr int kSparseScratchBytes = sizeof(SparseScratch);
 
 }  // namespace fastkd

@@ -6,6 +6,14 @@
 namespace fastkd {
 namespace gpu {
 
+FASTKD_DEVICE void take_top(Top& top, const Top& other) {
+  if (other.logit > top.logit || (other.logit == top.logit && other.column < top.column)) top = other;
+}
+// From the lane `lanes` away.
+FASTKD_DEVICE void take_top(Top& top, int lanes) {
+  take_top(top, Top{shuffle_xor(kAllLanes, top.logit, lanes), shuffle_xor(kAllLanes, top.column, lanes)});
+}
+
 // The pieces of a warp's lanes as one, in every lane.
 template <class K>
 FASTKD_DEVICE Piece merge_lanes(Piece p, const RowConstants& r) {
@@ -17,10 +25,6 @@ FASTKD_DEVICE Piece merge_lanes(Piece p, const RowConstants& r) {
   }
   p.rebase(largest_s, largest_t, r.softening);
   const auto add = [](float& x, int lanes) { x += shuffle_xor(kAllLanes, x, lanes); };
-  const auto take_top = [](Top& top, int lanes) {
-    const Top other{shuffle_xor(kAllLanes, top.logit, lanes), shuffle_xor(kAllLanes, top.column, lanes)};
-    if (other.logit > top.logit || (other.logit == top.logit && other.column < top.column)) top = other;
-  };
 #pragma unroll 1
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
     add(p.sum_s, lanes);

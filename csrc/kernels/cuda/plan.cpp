@@ -22,11 +22,11 @@ int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 int width_of(DType student, DType teacher) { return student == DType::float32 || teacher == DType::float32 ? 4 : 8; }
 
-// Bytes of a team's shared memory: its scratch, and its chunks of both models, each on a 16-byte boundary.
+// Bytes of a team's shared memory: its scratch and its chunks.
 int64_t team_bytes(const Problem& p, int64_t scratch, int64_t chunks, int width) {
-  return scratch + round_up(chunks * width * size_of(p.student), 16) +
-         round_up(chunks * width * size_of(p.teacher), 16);
+  return scratch + chunk_bytes_of(p, chunks, width);
 }
+int block_scratch(const Problem& p) { return p.sparse ? kSparseScratchBytes : kBlockScratchBytes; }
 
 bool fits_a_warp(const Problem& p, const GpuLimits& gpu, int width) {
   return team_bytes(p, kWarpScratchBytes, p.columns / width, width) <= gpu.shared_per_block;
@@ -51,7 +51,7 @@ Plan plan_warps(const Problem& p, const GpuLimits& gpu, Plan plan) {
 // Bytes of a block that holds 1 / cluster of both rows.
 int64_t resident_bytes(const Problem& p, int width, int cluster, int* chunks) {
   *chunks = static_cast<int>(divide_up(p.columns / width, cluster));
-  return team_bytes(p, kBlockScratchBytes, *chunks, width);
+  return team_bytes(p, block_scratch(p), *chunks, width);
 }
 
 // The smallest cluster, of `least` to `most` blocks, whose slices let `blocks` of them share a multiprocessor; 0: none
@@ -88,10 +88,15 @@ Plan plan_streaming(const Problem& p, const GpuLimits& gpu, Plan plan, const std
   const Split split = split_rows(p.rows, p.columns, plan.access.width, gpu);
   plan.variant = Variant::streaming;
   plan.splits = split.splits;
+  plan.shared_bytes = block_scratch(p);
+  if (p.sparse && p.aligned) {  // a byte a chunk says which columns are named
+    const int64_t chunks = p.columns / plan.access.width, fitting = gpu.shared_per_block - plan.shared_bytes - 16;
+    plan.splits = static_cast<int>(std::max<int64_t>(plan.splits, divide_up(chunks, fitting)));
+    plan.shared_bytes += static_cast<int>(round_up(divide_up(chunks, plan.splits), 16));
+  }
   plan.threads = split.threads;
-  plan.blocks = p.rows * split.splits;
-  plan.shared_bytes = kBlockScratchBytes;
-  plan.sweeps = (p.mixed_kl ? 1 : 2) + (p.with_gradient ? 1 : 0);
+  plan.blocks = p.rows * plan.splits;
+  plan.sweeps = (p.mixed_kl || p.sparse ? 1 : 2) + (p.with_gradient ? 1 : 0);
   plan.reason = reason;
   return plan;
 }
@@ -111,6 +116,11 @@ bool same_phase(const Rows& a, const Rows& b, int64_t rows, int64_t width) {
 }
 
 }  // namespace
+
+int64_t chunk_bytes_of(const Problem& p, int64_t chunks, int width) {
+  const int64_t of_student = round_up(chunks * width * size_of(p.student), 16);  // on a 16-byte boundary, like the next
+  return of_student + round_up(p.sparse ? chunks : chunks * width * size_of(p.teacher), 16);
+}
 
 Access access_of(const Rows& student, const Rows& teacher, const Rows& gradient, int64_t rows) {
   Access access;
@@ -141,16 +151,25 @@ Split split_rows(int64_t rows, int64_t columns, int width, const GpuLimits& gpu)
   return split;
 }
 
-Plan plan_call(const LossParams& p, const GpuLimits& gpu, std::optional<Variant> wanted) {
+Problem problem_of(const LossParams& p, bool sparse) {
   const Access access = access_of(p.student, p.teacher, p.gradient, p.rows);
-  const Problem problem{p.rows,
-                        p.columns,
-                        p.student.dtype,
-                        p.teacher.dtype,
-                        is_mixed_kl(p.options.divergence),
-                        p.gradient.data != nullptr,
-                        access.vectors};
-  return plan_loss(problem, gpu, wanted);
+  return {p.rows,
+          p.columns,
+          p.student.dtype,
+          p.teacher.dtype,
+          is_mixed_kl(p.options.divergence),
+          p.gradient.data != nullptr,
+          access.vectors,
+          sparse};
+}
+
+Plan plan_call(const LossParams& p, const GpuLimits& gpu, std::optional<Variant> wanted) {
+  return plan_loss(problem_of(p, false), gpu, wanted);
+}
+
+Plan plan_sparse(LossParams p, const GpuLimits& gpu, std::optional<Variant> wanted) {
+  p.teacher = p.student;
+  return plan_loss(problem_of(p, true), gpu, wanted == Variant::warp ? std::nullopt : wanted);
 }
 
 Plan plan_loss(const Problem& p, const GpuLimits& gpu, std::optional<Variant> wanted) {
@@ -159,8 +178,9 @@ Plan plan_loss(const Problem& p, const GpuLimits& gpu, std::optional<Variant> wa
   if (!p.aligned)
     return plan_streaming(p, gpu, plan, "the tensors' rows begin at different places between two boundaries");
   if (wanted == Variant::streaming) return plan_streaming(p, gpu, plan, "asked for");
-  const bool warp =
-      wanted ? wanted == Variant::warp && fits_a_warp(p, gpu, plan.access.width) : p.columns <= kWarpColumns;
+  const bool warp = p.sparse ? false
+                    : wanted ? wanted == Variant::warp && fits_a_warp(p, gpu, plan.access.width)
+                             : p.columns <= kWarpColumns;
   if (warp) return plan_warps(p, gpu, plan);
   const int most = wanted == Variant::block ? 1 : gpu.largest_cluster;
   const int least = wanted == Variant::cluster ? 2 : 1;

@@ -45,10 +45,17 @@ struct Problem {
   DType student = DType::float32, teacher = DType::float32;
   bool mixed_kl = true, with_gradient = true;
   bool aligned = true;  // rows of all tensors start at the same place between 16-byte boundaries
+  bool sparse = false;  // the teacher names columns: no logits of it
 };
+
+// Of a call; sparse: its teacher is no logits, and params.teacher is the student again.
+Problem problem_of(const LossParams& params, bool sparse);
 
 // wanted: the variant to take where the row fits it, for tests and measurements.
 Plan plan_loss(const Problem& problem, const GpuLimits& gpu, std::optional<Variant> wanted = std::nullopt);
+
+// Bytes of shared memory that `chunks` of a row take besides a block's scratch.
+int64_t chunk_bytes_of(const Problem& problem, int64_t chunks, int width);
 
 // Width and kind of the accesses to rows of these tensors; gradient.data may be null.
 Access access_of(const Rows& student, const Rows& teacher, const Rows& gradient, int64_t rows);

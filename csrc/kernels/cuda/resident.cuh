@@ -20,6 +20,19 @@ FASTKD_DEVICE void wait_for_wave(int wave) {
 
 FASTKD_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 
+FASTKD_DEVICE void copy_chunk(char* to, const char* from, int bytes) {
+  if (bytes == 16) {
+    copy_async(to, from);
+  } else {
+    copy_async_half(to, from);
+  }
+}
+FASTKD_DEVICE Vector load_chunk(const char* from, int bytes) {
+  if (bytes == 16) return shared_load(reinterpret_cast<const Vector*>(from));
+  const HalfVector half = shared_load(reinterpret_cast<const HalfVector*>(from));
+  return {{half.word[0], half.word[1], 0, 0}};
+}
+
 // The part's chunks in shared memory, first the student's, then the teacher's.
 struct Stage {
   char* student;
@@ -49,20 +62,6 @@ struct Stage {
   FASTKD_DEVICE_METHOD Chunk load(int i) const {
     return {load_chunk(student + i * student_bytes, student_bytes),
             load_chunk(teacher + i * teacher_bytes, teacher_bytes)};
-  }
-
- private:
-  FASTKD_DEVICE_METHOD static void copy_chunk(char* to, const char* from, int bytes) {
-    if (bytes == 16) {
-      copy_async(to, from);
-    } else {
-      copy_async_half(to, from);
-    }
-  }
-  FASTKD_DEVICE_METHOD static Vector load_chunk(const char* from, int bytes) {
-    if (bytes == 16) return shared_load(reinterpret_cast<const Vector*>(from));
-    const HalfVector half = shared_load(reinterpret_cast<const HalfVector*>(from));
-    return {{half.word[0], half.word[1], 0, 0}};
   }
 };
 

@@ -15,9 +15,13 @@ constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 constexpr int64_t kWorkspaceAlignment = 16;
 constexpr const char* kTooManyRows = "more rows than one launch can have blocks (2^31 - 1)";
 
+inline bool is_rich(const LossParams& p) {
+  return p.student_softcap != 0 || p.teacher_softcap != 0 || p.stats ||
+         (p.needs_hard() && p.options.label_smoothing != 0);
+}
+
 inline KernelTable kernels_for(const LossParams& p) {
-  const bool rich =
-      p.student_softcap != 0 || p.teacher_softcap != 0 || p.stats || (p.needs_hard() && p.options.label_smoothing != 0);
+  const bool rich = is_rich(p);
   switch (p.options.divergence) {
     case Divergence::forward_kl: return forward_kl_kernels(rich);
     case Divergence::jsd: return jsd_kernels(rich);
@@ -28,30 +32,34 @@ inline KernelTable kernels_for(const LossParams& p) {
   }
 }
 
-// The parts of a call's workspace, one behind the other.
-struct Workspace {
-  CallScales* scales;
-  float *row_loss, *label_logits;
-  Piece* pieces;
-  TermSums* terms;
+// A workspace, handed out one part behind the other; of null memory, to count its bytes.
+struct Space {
+  char* memory;
   int64_t bytes = 0;
 
-  Workspace(char* memory, int64_t rows, Reduction reduction, const Plan& plan) {
-    const int64_t parts = plan.variant == Variant::streaming ? rows * plan.splits : 0;
-    scales = take<CallScales>(memory, 1);
-    row_loss = take<float>(memory, reduction == Reduction::none ? 0 : rows);
-    label_logits = take<float>(memory, parts > 0 ? rows : 0);
-    pieces = take<Piece>(memory, parts);
-    terms = take<TermSums>(memory, parts);
-  }
-
- private:
   template <class T>
-  T* take(char* memory, int64_t count) {
+  T* take(int64_t count) {
     T* const at = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes));
     bytes +=
         (count * static_cast<int64_t>(sizeof(T)) + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
     return at;
+  }
+};
+
+struct Workspace {
+  Space space;
+  CallScales* scales;
+  float *row_loss, *label_logits;
+  Piece* pieces;
+  TermSums* terms;
+
+  Workspace(char* memory, int64_t rows, Reduction reduction, const Plan& plan) : space{memory} {
+    const int64_t parts = plan.variant == Variant::streaming ? rows * plan.splits : 0;
+    scales = space.take<CallScales>(1);
+    row_loss = space.take<float>(reduction == Reduction::none ? 0 : rows);
+    label_logits = space.take<float>(parts > 0 ? rows : 0);
+    pieces = space.take<Piece>(parts);
+    terms = space.take<TermSums>(parts);
   }
 };
 
@@ -68,29 +76,41 @@ const char* launch_rows(const CudaLoss& call, const Plan& plan, const Launch& la
   return error ? error : launch(kernels.finish, call, plan.blocks, plan.threads, 1, plan.shared_bytes);
 }
 
-template <class Launch>
-const char* enqueue_loss(const CudaCall& c, const Plan& plan, const Launch& launch) {
-  const Workspace space(static_cast<char*>(c.workspace), c.params.rows, c.reduction, plan);
+// What every kernel of a call is told, but where a streamed row's sums are.
+inline CudaLoss loss_of(const CudaCall& c, const Plan& plan, float* row_loss, const CallScales* scales) {
   CudaLoss call;
   call.loss = c.params;
-  call.loss.row_loss = c.reduction == Reduction::none ? c.loss : space.row_loss;
+  call.loss.row_loss = c.reduction == Reduction::none ? c.loss : row_loss;
   call.access = plan.access;
-  call.scales = space.scales;
+  call.scales = scales;
   call.team_bytes = plan.team_bytes;
   call.team_chunks = plan.team_chunks;
   call.bulk = plan.bulk;
   call.splits = plan.splits;
+  call.total = c.reduction == Reduction::none ? nullptr : c.loss;
+  return call;
+}
+
+// The scales, the rows by `rows()`, the total.
+template <class Launch, class Rows>
+const char* enqueue(const CudaCall& c, const CudaLoss& call, CallScales* scales, const Plan& plan, const Launch& launch,
+                    const Rows& rows) {
+  if (plan.blocks > kMostBlocks || c.params.rows * plan.splits > kMostBlocks) return kTooManyRows;
+  const CudaScales first{call.loss, c.reduction, c.num_items, scales, c.pending};
+  const char* error = launch(gpu::scales_kernel, first, 1, kOneBlockThreads, 1, kOneBlockShared);
+  if (!error && c.params.rows > 0) error = rows();
+  if (!error && call.total) error = launch(gpu::total_kernel, call, 1, kOneBlockThreads, 1, kOneBlockShared);
+  return error;
+}
+
+template <class Launch>
+const char* enqueue_loss(const CudaCall& c, const Plan& plan, const Launch& launch) {
+  const Workspace space(static_cast<char*>(c.workspace), c.params.rows, c.reduction, plan);
+  CudaLoss call = loss_of(c, plan, space.row_loss, space.scales);
   call.pieces = space.pieces;
   call.terms = space.terms;
   call.label_logits = space.label_logits;
-  call.total = c.reduction == Reduction::none ? nullptr : c.loss;
-  if (plan.blocks > kMostBlocks || c.params.rows * plan.splits > kMostBlocks) return kTooManyRows;
-
-  const CudaScales scales{call.loss, c.reduction, c.num_items, space.scales, c.pending};
-  const char* error = launch(gpu::scales_kernel, scales, 1, kOneBlockThreads, 1, kOneBlockShared);
-  if (!error && c.params.rows > 0) error = launch_rows(call, plan, launch);
-  if (!error && call.total) error = launch(gpu::total_kernel, call, 1, kOneBlockThreads, 1, kOneBlockShared);
-  return error;
+  return enqueue(c, call, space.scales, plan, launch, [&] { return launch_rows(call, plan, launch); });
 }
 
 template <class Launch>

@@ -10,8 +10,8 @@ namespace gpu {
 
 // f(chunk, place) for this thread's columns of the row. Two chunks of both models are under way while a third is
 // computed: four loads of 16 bytes.
-template <bool kReadOnly, class F>
-FASTKD_DEVICE void stream(const RowView& view, const Team& team, const F& f) {
+template <bool kReadOnly, class View, class F>
+FASTKD_DEVICE void stream(const View& view, const Team& team, const F& f) {
   const int heads = team.heads(view.head), edges = heads + team.tails(view.tail());
   const int end = team.end(view.chunks);
   int base = team.begin(view.chunks), edge = 0;

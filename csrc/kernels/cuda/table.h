@@ -18,4 +18,11 @@ KernelTable total_variation_kernels(bool rich);
 KernelTable skew_forward_kl_kernels(bool rich);
 KernelTable skew_reverse_kl_kernels(bool rich);
 
+// The kernels with a sparse teacher, for every divergence.
+struct SparseKernels {
+  using Kernel = void (*)(CudaSparse);
+  Kernel prepare, resident, sums, finish;
+};
+SparseKernels sparse_kernels(bool rich);
+
 }  // namespace fastkd

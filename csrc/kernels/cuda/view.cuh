@@ -102,6 +102,15 @@ struct RowView {
     return {first, left < 4 ? left : 4};
   }
 
+  // Columns of the row that a part with these chunks owns, its edges included: from the first one to the end.
+  FASTKD_DEVICE_METHOD int first_of(int chunk, bool first_part) const {
+    const int64_t column = head + int64_t{chunk} * access.width;
+    return first_part ? 0 : column < columns ? static_cast<int>(column) : columns;
+  }
+  FASTKD_DEVICE_METHOD int end_of(int chunk, bool last_part) const {
+    return last_part ? columns : first_of(chunk, false);
+  }
+
   // The chunk at a place of vectors. kReadOnly: nothing writes these rows while the kernel runs.
   template <bool kReadOnly>
   FASTKD_DEVICE_METHOD Chunk load_vectors(const Place& at) const {
@@ -152,7 +161,7 @@ struct RowView {
   // Bytes of a chunk of one model: 16, or 8.
   FASTKD_DEVICE_METHOD int chunk_bytes(DType dtype) const { return access.width * static_cast<int>(size_of(dtype)); }
 
- private:
+ protected:
   template <bool kReadOnly>
   FASTKD_DEVICE_METHOD Vector load_model(const char* row, DType dtype, int64_t column) const {
     const char* from = row + column * size_of(dtype);
@@ -170,6 +179,23 @@ struct RowView {
     }
     if (dtype == DType::float32) return {{bits[0], bits[1], bits[2], bits[3]}};
     return {{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, 0, 0}};
+  }
+};
+
+// A row of the student alone: chunks have no teacher.
+struct StudentView : RowView {
+  using RowView::RowView;
+
+  template <bool kReadOnly>
+  FASTKD_DEVICE_METHOD Chunk load_vectors(const Place& at) const {
+    return {load_model<kReadOnly>(student, student_dtype, at.first), {}};
+  }
+  FASTKD_DEVICE_METHOD Chunk load_columns(const Place& at) const {
+    return {load_model_columns(student, student_dtype, at), {}};
+  }
+  template <bool kReadOnly>
+  FASTKD_DEVICE_METHOD Chunk load_place(const Place& at) const {
+    return whole(at) ? load_vectors<kReadOnly>(at) : load_columns(at);
   }
 };
 

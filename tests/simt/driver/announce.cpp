@@ -3,6 +3,7 @@
 #include <simt_bounds.h>
 
 #include "../../../csrc/kernels/cuda/batch.cuh"
+#include "../../../csrc/kernels/cuda/sparse.cuh"
 #include "../../../csrc/kernels/cuda/table.h"
 #include "driver.h"
 
@@ -31,6 +32,15 @@ void announce_divergence(const std::string& name, KernelTable (*tables)(bool)) {
   announce_table<Kind<kDivergence, true>>(name + ".rich", tables(true));
 }
 
+template <class K>
+void announce_sparse(const std::string& name, const SparseKernels& kernels) {
+  if (!kernels.prepare) return;
+  driver.announce("sparse.prepare", kernels.prepare, BOUND_sparse_prepare);
+  driver.announce(name + ".resident", kernels.resident, BOUND_sparse_resident);
+  driver.announce(name + ".sums", kernels.sums, BOUND_sparse_sums);
+  driver.announce(name + ".finish", kernels.finish, BOUND_sparse_finish);
+}
+
 }  // namespace
 
 void announce_kernels() {
@@ -40,6 +50,8 @@ void announce_kernels() {
   announce_divergence<Divergence::total_variation>("total_variation", total_variation_kernels);
   announce_divergence<Divergence::skew_forward_kl>("skew_forward_kl", skew_forward_kl_kernels);
   announce_divergence<Divergence::skew_reverse_kl>("skew_reverse_kl", skew_reverse_kl_kernels);
+  announce_sparse<SparseKind<false>>("sparse", sparse_kernels(false));
+  announce_sparse<SparseKind<true>>("sparse.rich", sparse_kernels(true));
   driver.announce("scales", scales_kernel, BOUND_scales_kernel);
   driver.announce("total", total_kernel, BOUND_total_kernel);
   driver.announce("rescale", rescale_kernel, BOUND_rescale_kernel);

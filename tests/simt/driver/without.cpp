@@ -1,4 +1,4 @@
-// Stands in for the divergences that a build leaves out: tables without a kernel.
+// Stands in for the kernels that a build leaves out: tables without a kernel.
 #include "../../../csrc/kernels/cuda/table.h"
 
 namespace fastkd {
@@ -10,4 +10,5 @@ LEFT_OUT(jsd_kernels)
 LEFT_OUT(total_variation_kernels)
 LEFT_OUT(skew_forward_kl_kernels)
 LEFT_OUT(skew_reverse_kl_kernels)
+__attribute__((weak)) SparseKernels sparse_kernels(bool) { return {}; }
 }  // namespace fastkd
