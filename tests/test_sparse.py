@@ -43,15 +43,26 @@ def problem_of(index: int, tail: str, divergence: str, everything: bool) -> Prob
     return Problem(SPARSE_CASES[index], tail, divergence, everything)
 
 
-def table(chosen: Callable[[SparseCase], bool] = lambda case: True) -> Callable:
-    indices = [i for i, case in enumerate(SPARSE_CASES) if chosen(case)]
+def table(
+    chosen: Callable[[SparseCase], bool] = lambda case: True, turn: tuple[int, ...] = (0, 1), of: int = 2
+) -> Callable:
+    """Every case with every tail and divergence whose turn it is: of `of` in a row, those at the places `turn`. The
+    options alternate, so that any two of case, combination, options and backend meet in some test."""
 
     def over_the_table(test):
-        test = pytest.mark.parametrize("everything", [False, True], ids=["alone", "everything"])(test)
-        test = pytest.mark.parametrize("tail,divergence", COMBINATIONS)(test)
-        return pytest.mark.parametrize("index", indices, ids=[f"{i}-{SPARSE_CASES[i].name}" for i in indices])(test)
+        found = [
+            pytest.param(i, *combination, bool((i + place) % 2), id=f"{i}-{case.name}-{'-'.join(combination)}")
+            for i, case in enumerate(SPARSE_CASES)
+            for place, combination in enumerate(COMBINATIONS)
+            if chosen(case) and (i + place) % of in turn
+        ]
+        return pytest.mark.parametrize("index,tail,divergence,everything", found)(test)
 
     return over_the_table
+
+
+def _narrow(case: SparseCase) -> bool:
+    return case.case.vocab < 10000
 
 
 @table()
@@ -60,19 +71,19 @@ def test_native(index: int, tail: str, divergence: str, everything: bool, native
     problem.check(problem.run(backend=native))
 
 
-@table(lambda case: LAYOUTS[case.case.layout].inplace)
+@table(lambda case: LAYOUTS[case.case.layout].inplace, turn=(0,), of=3)
 def test_native_inplace(index: int, tail: str, divergence: str, everything: bool, native: str) -> None:
     problem = problem_of(index, tail, divergence, everything)
     problem.check(problem.run(backend=native, inplace=True))
 
 
-@table()
+@table(_narrow, turn=(0, 1), of=4)
 def test_eager(index: int, tail: str, divergence: str, everything: bool) -> None:
     problem = problem_of(index, tail, divergence, everything)
     problem.check(problem.run(backend="eager"), computed_in_forward=False)
 
 
-@table(lambda case: case.case.vocab < 10000)
+@table(_narrow, turn=(2, 3), of=4)
 def test_eager_in_fp64_is_exact(index: int, tail: str, divergence: str, everything: bool) -> None:
     """The eager backend's formulas, to fp64 rounding: everything that fp32 noise could hide."""
     problem = problem_of(index, tail, divergence, everything)
