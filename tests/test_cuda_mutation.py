@@ -152,16 +152,9 @@ MUTANTS = {
         "global-bounds", STREAMING, problem={"far": True},
     ),
     # sparse teachers
-    "sparse: sorted before all have read": Mutant(
-        PREPARE, "      warp_sync(kAllLanes);  // all have read\n", "", "race", BLOCK, problem=BUCKET,
-    ),
     "sparse: no barrier in the sort": Mutant(
         PREPARE, "        store(keys + high, a);\n      }\n      warp_sync(kAllLanes);",
         "        store(keys + high, a);\n      }", "race", BLOCK, problem=BUCKET,
-    ),
-    "sparse: the map is read before it is filled": Mutant(
-        COLUMNS, "      shared_store(words + word, bits);\n    }\n    block_sync();",
-        "      shared_store(words + word, bits);\n    }", "race", CLUSTER, problem=BUCKET,
     ),
     "sparse: a word of the map by two threads": Mutant(
         COLUMNS, "      if (i > 0 && word_of(named.column(i - 1)) == word) continue;\n", "", "race", STREAMING,
@@ -180,15 +173,6 @@ MUTANTS = {
     ),
     "sparse: the named columns stay in the rest": Mutant(
         COLUMNS, "named >> i & 1 ? minus_infinity() : s.value[i]", "s.value[i]", "numbers", BLOCK, problem=BUCKET,
-    ),
-    "sparse: an edge's named columns stay in the rest": Mutant(
-        SPARSE, "i >= 0 ? map.bits_of(i) : row.named.bits_of(at, 1)", "i >= 0 ? map.bits_of(i) : 0u", "numbers", BLOCK,
-        vocab=33, problem=BUCKET,
-    ),
-    "sparse: the logits are gathered after they are overwritten": Mutant(
-        SPARSE, "const NamedColumn c = column_of(named.at(i));\n      if (c.column < first",
-        "NamedColumn c = column_of(named.at(i));\n      c.logit = student_logit(call.call.loss, n, c.column);\n"
-        "      if (c.column < first", "numbers|race|stale-read", BLOCK, problem={**BUCKET, "inplace": True},
     ),
     "sparse: a draw's weight is lost": Mutant(
         PREPARE, "j < entries && repeats(j); ++j)", "j < entries && repeats(j) && j < 0; ++j)", "numbers", BLOCK,

@@ -110,19 +110,11 @@ MUTANTS = {
         SPARSE_LAUNCH, "if (!std::is_sorted(entries.begin(), entries.end(), before))", "if (false)"
     ),
     "sparse: an id twice is accepted": Mutant(SPARSE_LAUNCH, "i < entries.size() && !sampled; ++i", "false; ++i"),
-    "sparse: id V is accepted": Mutant(SPARSE_LAUNCH, "ids[i] >= view.params.columns", "ids[i] > view.params.columns"),
-    "sparse: padding is an entry": Mutant(
-        SPARSE_LAUNCH, "if (ids[i] < 0 && logprobs[i] == minus_infinity()) continue;\n", ""
-    ),
     "sparse: not normalised over the ids": Mutant(SPARSE_LAUNCH, "c.log2_p -= mass", "c.log2_p -= 0 * mass"),
-    "sparse: the ids at the teacher's temperature": Mutant(SPARSE_LAUNCH, "teacher.temperature / t", "1.0f"),
     "sparse: the weight of a second draw is lost": Mutant(SPARSE, "c.weight = total;", ""),
     "sparse: the rest is no outcome": Mutant(SPARSE, "  terms.value += rest.value;\n", ""),
     "sparse: the rest's gradient is lost": Mutant(
         SPARSE, "c.student += kd * terms.dlogq_rest / rest.sum", "c.student += 0"
-    ),
-    "sparse: the rest's exponentials not shifted": Mutant(
-        SPARSE, "c.student = of_q * exp2(student.rest_shift)", "c.student = of_q"
     ),
     "sparse: a block's exponentials not shifted": Mutant(
         SPARSE_ROW, "const float student = c.student * exp2(shift)", "const float student = c.student"
@@ -140,10 +132,6 @@ MUTANTS = {
     "sparse: the label's part is lost": Mutant(
         SPARSE_ROW, "gradient[label - first_column] += job.coefficients.label", "gradient[label - first_column] += 0"
     ),
-    "sparse: no hard part at named columns": Mutant(
-        SPARSE, "(hard == 0 ? 0.0f : hard * exp2(temperature * y))", "0.0f"
-    ),
-    "sparse: the entropy of the rest is lost": Mutant(SPARSE, "- exp2(student.log2_rest) * log2_q;", ";"),
     "sparse: the last block is not swept": Mutant(
         SPARSE_ROW, "executor->run(blocks, 1, body, &context)", "executor->run(blocks - 1, 1, body, &context)"
     ),

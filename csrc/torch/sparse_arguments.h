@@ -55,7 +55,7 @@ SparseTeacher teacher_of(TeacherTensors& tensors, const Tensor& student, const s
   return teacher;
 }
 
-void raise_for_teacher(const Status& status, const SparseTeacher& t) {
+[[maybe_unused]] void raise_for_teacher(const Status& status, const SparseTeacher& t) {
   const int64_t at = status.row * t.k + status.entry;
   switch (status.code) {
     case Status::bad_id:

@@ -48,6 +48,7 @@ struct Problem {
   float student_softcap = 0, teacher_softcap = 0;
   bool labels = true, weights = false, temperatures = false, stats = false, in_place = false;
   double peak = 0;                  // added to one column of each model
+  double student_peak = 0;          // added to the same column of the student besides
   bool masked = false;              // some columns, and the first chunk of a long row, -inf in both
   bool teacher_masks_more = false;  // with `masked`: half of the columns in the teacher alone
   bool identical = false;           // teacher = student

@@ -1,8 +1,8 @@
 // Drives the torch-free CPU kernels on std::threads over the table of problems. Built plainly, with sanitizers, and
 // from changed sources: see test_native_harness.py and test_mutation.py.
 //
-//   harness [quick|sparse|all] [threads] -> a line per failing problem (all: ten at most, else the first), exit status 1
-//   if there is one. sparse: of quick's problems those with a sparse teacher.
+//   harness [quick|sparse|all] [threads] -> a line per failing problem (all: ten at most, else the first), exit status
+//   1 if there is one. sparse: of quick's problems those with a sparse teacher.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

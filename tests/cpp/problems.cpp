@@ -177,7 +177,7 @@ void add_sparse(std::vector<Problem>& out, bool quick) {
         if (tail == Tail::renormalize && reverse) continue;
         if (tail == Tail::sampled && d != Divergence::forward_kl) continue;
         ++turn;
-        if (columns == 70001 && quick && turn % 3) continue;
+        if (columns == 70001 && quick && turn % 4) continue;
         Problem p = named("sparse tail " + std::to_string(static_cast<int>(tail)), d, columns > 9999 ? 1 : 5, columns,
                           kDTypes[turn % 3]);
         p.tail = tail;
@@ -199,6 +199,17 @@ void add_sparse(std::vector<Problem>& out, bool quick) {
         p.reduction = turn % 6 == 5 ? fastkd::Reduction::none : fastkd::Reduction::mean;
         out.push_back(p);
       }
+  // of the first row, one named column holds all but 1e-6 of the teacher; or all but e^-90 of the student
+  Problem p = named("sparse, little left", Divergence::reverse_kl, 3, 2049, DType::float32);
+  p.k = 40;
+  p.options.temperature = 1;
+  p.peak = 25;
+  out.push_back(p);
+  p = named("sparse, a student far from the rest", Divergence::forward_kl, 3, 2049, DType::float32);
+  p.k = 40;
+  p.options.temperature = 1;
+  p.student_peak = 110;
+  out.push_back(p);
 }
 
 }  // namespace

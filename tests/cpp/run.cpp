@@ -53,7 +53,7 @@ Row make_row(const Problem& p, int64_t n, std::mt19937_64& random) {
   for (double& x : row.student) x = normal(random);
   for (double& x : row.teacher) x = normal(random);
   const int64_t columns = std::min(p.student_columns, p.teacher_columns);
-  row.student[static_cast<size_t>((n * 7 + columns - 1) % columns)] += p.peak;
+  row.student[static_cast<size_t>((n * 7 + columns - 1) % columns)] += p.peak + p.student_peak;
   row.teacher[static_cast<size_t>((n * 11 + columns / 2) % columns)] += p.peak;
   if (p.swapped) {
     std::fill(row.student.begin(), row.student.end(), 0.0);
