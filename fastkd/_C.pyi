@@ -10,6 +10,7 @@ def cuda_plan(
     mixed_kl: bool,
     with_gradient: bool,
     aligned: bool,
+    sparse: bool,
     arch: int,
     multiprocessors: int,
     shared_per_block: int,
