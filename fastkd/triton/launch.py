@@ -127,11 +127,12 @@ def rows_or_copy(x: Tensor) -> Rows:
 # Bytes of a student's logit -> block of the sweeps: one lane of 16 bytes of each model a thread, the sums of one lane
 # in its registers. The sums of two spill on some architectures.
 SWEEP_BLOCKS = {2: Block(lanes=256, vector=8, threads=256), 4: Block(lanes=256, vector=4, threads=256)}
-# Registers a thread, of 65536 a multiprocessor: four programs of 256 threads, two with statistics or softcaps. Stated,
-# since a compiler left to itself may spill for an occupancy of its own choice. Neither limit is on the edge: at
-# most 56 are needed for the first, under 112 taken where 128 are allowed.
+# Registers a thread, of 65536 a multiprocessor: three programs of 256 threads, two with statistics or softcaps. Stated,
+# since a compiler left to itself may spill for an occupancy of its own choice. Neither is on the edge: nothing spills
+# at 72 and 112 either; at 64 and 80 something does.
 PLAIN_REGISTERS, BUSY_REGISTERS = 80, 128
-MAX_RESIDENT = {2: 4096, 4: 4096}  # columns of a row that stays in registers without a spill
+# Columns of a row that stays in registers. Twice as many spill with jsd or with every option, whatever the threads.
+MAX_RESIDENT = {2: 4096, 4: 4096}
 RESIDENT_COLUMNS = 8  # per thread
 MAX_RESIDENT_THREADS = 512
 PROGRAMS_PER_PROCESSOR = 8  # below this many, rows are split
