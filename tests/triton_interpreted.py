@@ -182,9 +182,9 @@ def test_row_offsets_are_64_bits_wide(n: int, inner: int, outer_stride: int, inn
     assert int(out) == n // inner * outer_stride + n % inner * inner_stride
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype,divergence", [(FP32, "jsd"), (FP16, "forward_kl"), (BF16, "reverse_kl")])
 def test_full_vocabulary(dtype: torch.dtype, divergence: str) -> None:
+    """Besides those of the table, which are bf16."""
     case = Case("Llama 3", lead=(1,), vocab=128256, regime="late_top", student_dtype=dtype, teacher_dtype=dtype)
     inputs = make_inputs(case)
     options = {**OPTIONS, "divergence": divergence, "labels": inputs.labels, "return_stats": True}
@@ -205,7 +205,7 @@ def test_a_limit_of_registers_is_for_nvidia_alone(device: str) -> None:
 def test_any_number_of_programs_a_row(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same loss and gradient whoever computes which blocks, and the same bits from run to run."""
     monkeypatch.setattr(launch, "processors_of", lambda device: processors)
-    inputs = make_inputs(Case("split", lead=(2,), vocab=30011, regime="ascending", teacher_dtype=BF16))
+    inputs = make_inputs(Case("split", lead=(2,), vocab=12011, regime="ascending", teacher_dtype=BF16))
     options = {**OPTIONS, "labels": inputs.labels, "return_stats": True, "divergence": "jsd"}
     eager = run_backend(inputs, {**options, "backend": "eager"}, in_fp32=True)
     first, second = run_backend(inputs, options), run_backend(inputs, options)
