@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from pathlib import Path
-from typing import Any
 
 import killing
 import pytest
 import torch
-from rich.console import Console
-from trainer_tiny import make_config, make_tokenizer, make_world
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from cache_tiny import granite, make_cache, make_data
+from trainer_tiny import make_tokenizer, make_world
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from fastkd.cache import TeacherCache, model_fingerprint
-from fastkd.trainer.cache_teacher import CacheConfig, SourceConfig, cache_teacher, main
+from fastkd.cache import model_fingerprint
+from fastkd.trainer.cache_teacher import main
 from fastkd.trainer.data import load_rows
 from fastkd.trainer.models import load_tokenizer
 
@@ -26,18 +24,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def make_cache(world: Path, out: Path, teacher: Path | None = None, **changes: Any) -> TeacherCache:
-    data = make_config(world, out).data
-    data.max_train_rows = 11
-    source = SourceConfig(str(teacher or world / "teacher"))
-    settings = {"device": "cpu", "precision": "fp32", "shard_rows": 4, "rows_per_batch": 3, **changes}
-    with open(os.devnull, "w") as nowhere:
-        return TeacherCache(cache_teacher(CacheConfig(source, data, str(out), **settings), Console(file=nowhere)))
-
-
-def rows_of(world: Path, out: Path, name: str) -> torch.Tensor:
-    data = make_config(world, out).data
-    data.max_train_rows = 11
+def rows_of(world: Path, name: str) -> torch.Tensor:
+    data = make_data(world)
     tokenizer = load_tokenizer("teacher", str(world / "teacher"))
     return load_rows(f"data.{name}", data, tokenizer, 0).input_ids
 
@@ -47,21 +35,21 @@ def logits(world: Path) -> torch.Tensor:
     """(11, 32, 300) of the training rows."""
     model = AutoModelForCausalLM.from_pretrained(world / "teacher")
     with torch.no_grad():
-        return model(input_ids=rows_of(world, world, "train")).logits
+        return model(input_ids=rows_of(world, "train")).logits
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_hidden_states_and_head_give_the_logits(world: Path, tmp_path: Path, logits: torch.Tensor, dtype: str) -> None:
     cache = make_cache(world, tmp_path / "c", dtype=dtype)
     assert list(cache.index.splits) == ["train", "eval"]
-    batch = cache.rows("train", rows_of(world, tmp_path, "train")).batch(range(11))
+    batch = cache.rows("train", rows_of(world, "train")).batch(range(11))
     assert str(batch["hidden"].dtype) == f"torch.{dtype}"
     head = cache.head()
     again = torch.nn.functional.linear(batch["hidden"].float(), head.weight.float())
     unit = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-22}[dtype]
     bound = unit * batch["hidden"].abs().float() @ head.weight.abs().float().T  # of a rounding of each hidden state
     assert ((again - logits).abs() <= 1.1 * bound + 1e-5).all()
-    cache.rows("eval", rows_of(world, tmp_path, "eval"))
+    cache.rows("eval", rows_of(world, "eval"))
     assert cache.spec.model == model_fingerprint(world / "teacher") and cache.spec.precision == "fp32"
     tokens = json.loads((tmp_path / "c" / "tokenizer" / "tokenizer.json").read_text())
     assert tokens["model"] == json.loads((world / "teacher" / "tokenizer.json").read_text())["model"]
@@ -113,18 +101,6 @@ def gemma(folder: Path) -> Path:
     return folder
 
 
-def granite(folder: Path) -> Path:
-    """A model that scales its logits, which no head of ours says."""
-    config = GraniteConfig(
-        num_hidden_layers=2, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=300, logits_scaling=3.0, initializer_range=0.2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    GraniteForCausalLM(config).save_pretrained(folder)
-    make_tokenizer(folder)
-    return folder
-
-
 def test_a_softcap_is_part_of_the_head(world: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(gemma(tmp_path / "gemma"))
     cache = make_cache(world, tmp_path / "c", tmp_path / "gemma", dtype="float32")
@@ -159,7 +135,7 @@ def test_a_model_that_scales_its_logits(world: Path, tmp_path: Path) -> None:
         ({"kind": "topk", "proposal_temperature": 2.0}, "proposal_temperature=2.0 with kind='topk'"),
         ({"shard_rows": 0}, "shard_rows=0; allowed: at least 1"),
         ({"rows_per_batch": 0}, "rows_per_batch=0; allowed: at least 1"),
-        ({"teacher": "none"}, "teacher.path='none' does not exist"),
+        ({"teacher": Path("none")}, "teacher.path='none' does not exist"),
     ],
 )
 def test_refused_before_anything_is_written(world: Path, tmp_path: Path, changes: dict, message: str) -> None:

@@ -120,11 +120,10 @@ def test_full_disk(world: Path, tmp_path: Path, monkeypatch) -> None:
     real = preflight.predicted_sizes
     monkeypatch.setattr(preflight, "predicted_sizes", lambda *a: sizes.append(real(*a)) or sizes[-1])
     out = distill(make_config(world, tmp_path / "a", **changes)).student_path.parent
-    written = {name: folder_size(out / name) for name in ("checkpoints", "student", "teacher_hidden")}
+    written = {name: folder_size(out / name) for name in ("checkpoints", "student")}
     (predicted,) = sizes
-    assert (
-        predicted["teacher's hidden states"] <= written["teacher_hidden"] < predicted["teacher's hidden states"] + 2000
-    )
+    cached = sum(f.stat().st_size for f in (out / "teacher_hidden").glob("*.safetensors"))
+    assert cached <= predicted["teacher's hidden states"] < cached + 40_000  # at most 1000 bytes of header a shard
     assert predicted["final student"] <= written["student"] < predicted["final student"] + 100_000
     # Two whole ones are left and a third is being written at the worst moment.
     assert written["checkpoints"] < predicted["checkpoints"] < 1.6 * written["checkpoints"]

@@ -9,17 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from cache_tiny import granite
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from trainer_tiny import make_config, make_model, make_tokenizer, make_world
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-from fastkd.trainer import main, train
+from fastkd.trainer import main, objective
 from fastkd.trainer.config import parse_config, to_dict
 from fastkd.trainer.data import load_rows, rows_of_step
 from fastkd.trainer.metrics import read_metrics
 from fastkd.trainer.models import load_model, load_tokenizer, pick_precision
+from fastkd.trainer.teacher import ModelTeacher
 from fastkd.trainer.train import distill
 
 
@@ -101,10 +103,10 @@ def test_accumulation_is_a_bigger_batch(world: Path, tmp_path: Path) -> None:
 
 
 def test_hard_labels_alone_do_not_ask_the_teacher(world: Path, tmp_path: Path, monkeypatch) -> None:
-    def logits(self, split, *_):
+    def batch(self, split, *_):
         raise AssertionError(f"the teacher was asked for {split}")
 
-    monkeypatch.setattr(train.Teacher, "logits", logits)
+    monkeypatch.setattr(ModelTeacher, "batch", batch)
     changes = {"loss__kd_weight": 0.0, "loss__ce_weight": 1.0, "data__eval": [], "log_every": 1}
     outcome = distill(make_config(world, tmp_path / "out", **changes))
     steps = lines(outcome, "train")
@@ -138,7 +140,7 @@ def test_heads_padded_to_different_sizes(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_softcap_after_the_head(world: Path, tmp_path: Path) -> None:
-    """Gemma 2 caps its logits by tanh, which needs them again in backward and which a hidden-state cache would lose."""
+    """Gemma 2 caps its logits by tanh, which needs them again in backward; a cache of hidden states keeps the cap."""
     config = Gemma2Config(
         num_hidden_layers=2, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1,
         head_dim=16, vocab_size=300, final_logit_softcapping=5.0, query_pre_attn_scalar=16, initializer_range=0.2,
@@ -149,17 +151,20 @@ def test_a_softcap_after_the_head(world: Path, tmp_path: Path) -> None:
     source = {"student__keep_blocks": None, "student__path": str(tmp_path / "gemma")}
     outcome = distill(make_config(world, tmp_path / "out", **source))
     assert lines(outcome, "eval")[-1]["nll"] < lines(outcome, "eval")[0]["nll"]
-    source |= {"teacher__path": str(tmp_path / "gemma"), "teacher__cache_hidden": True}
-    with pytest.raises(ValueError, match=r"cache_hidden=true does not fit Gemma2ForCausalLM"):
-        distill(make_config(world, tmp_path / "cached", **source))
+    source |= {"teacher__path": str(tmp_path / "gemma"), "teacher__cache_hidden": True, "optim__max_steps": 1}
+    (start, _) = lines(distill(make_config(world, tmp_path / "cached", **source)), "eval")
+    assert start["kl"] == pytest.approx(0, abs=1e-4) and start["agreement"] > 0.99  # student and teacher are the same
+    source["teacher__path"] = str(granite(tmp_path / "granite"))
+    with pytest.raises(ValueError, match=r"cache_hidden=true does not fit GraniteForCausalLM"):
+        distill(make_config(world, tmp_path / "scaled", **source))
 
 
 def test_gradient_takes_the_memory_of_the_logits(world: Path, tmp_path: Path, monkeypatch) -> None:
     """The student's logits come straight from its head, so the loss may overwrite them; the trainer asks for that."""
     asked = []
-    real = train.KDLoss.forward
+    real = objective.KDLoss.forward
     monkeypatch.setattr(
-        train.KDLoss, "forward", lambda self, *a, **k: (asked.append(self.options.inplace), real(self, *a, **k))[1]
+        objective.KDLoss, "forward", lambda self, *a, **k: (asked.append(self.options.inplace), real(self, *a, **k))[1]
     )
     distill(make_config(world, tmp_path / "out", optim__max_steps=2))
     assert asked == [True] * 4

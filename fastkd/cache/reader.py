@@ -43,12 +43,8 @@ class TeacherCache:
         self.folder = Path(folder)
         self.index: Index = read_index(self.folder)
         self.spec = self.index.spec
-        for what, ours, theirs in (("model", self.spec.model, model), ("tokenizer", self.spec.tokenizer, tokenizer)):
-            if theirs is not None and ours and ours != theirs:
-                raise ValueError(
-                    f"cache {str(self.folder)!r} was made with the {what} {ours}; got the {what} {theirs}; "
-                    "allowed: the one that it was made with"
-                )
+        self.check_made_with("model", model)
+        self.check_made_with("tokenizer", tokenizer)
         for name, split in self.index.splits.items():
             if len(split.shards) < split.count:
                 raise ValueError(
@@ -58,6 +54,19 @@ class TeacherCache:
         for record in self._records():
             _check_size(self.folder, record)
         self._verified: set[str] = set()
+
+    def check_made_with(self, what: Literal["model", "tokenizer"], fingerprint: str | None) -> None:
+        """Refuse a cache of another; None is not compared.
+
+        Raises:
+            ValueError: with both fingerprints.
+        """
+        ours = getattr(self.spec, what)
+        if fingerprint is not None and ours and ours != fingerprint:
+            raise ValueError(
+                f"cache {str(self.folder)!r} was made with the {what} {ours}; got the {what} {fingerprint}; "
+                "allowed: the one that it was made with"
+            )
 
     def _records(self) -> list[FileRecord]:
         shards = [shard for split in self.index.splits.values() for _, shard in sorted(split.shards.items())]

@@ -237,7 +237,7 @@ class CacheWriter:
         if self.spec.kind == "hidden" and not torch.isfinite(stored["hidden"]).all():
             raise ValueError(
                 f"the teacher's hidden states do not fit {self.spec.dtype} in rows {rows.start}-{rows.stop - 1} of "
-                f"{name}; allowed: dtype=bfloat16 or float32"
+                f"{name}; allowed: dtype=bfloat16 or float32, or no cache of hidden states"
             )
         record = self._store(shard_name(name, rows.start), safetensors.torch.save(stored))
         shard = Shard(record.file, record.bytes, record.checksum, len(rows), data_fingerprint(ids))

@@ -13,13 +13,16 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cache import CacheWriter, Spec, TeacherCache, model_fingerprint, tokenizer_fingerprint
 from ..trainer.config import DataConfig, DistillConfig, LossConfig, OptimConfig, StudentConfig, TeacherConfig
 from ..trainer.data import Rows, pack, take_in_turn
 from ..trainer.evaluate import Evaluation, evaluate, evaluate_teacher
+from ..trainer.heads import find_head
 from ..trainer.metrics import progress_bar, read_metrics
 from ..trainer.models import load_model
 from ..trainer.student import block_influence, choose_blocks, find_blocks, prune_depth
-from ..trainer.teacher import Teacher
+from ..trainer.teacher import CachedTeacher
+from ..trainer.teacher_pass import TeacherPass, plain_head, write
 from ..trainer.train import Outcome, distill
 from .plan import ROWS_PER_STEP, Plan
 from .text import Corpus
@@ -113,11 +116,11 @@ class Experiment:
         Dataset.from_dict({"input_ids": input_ids.tolist()}).save_to_disk(str(self.out / "data" / name))
 
     def _config(
-        self, name: str, teacher: Path, student: Path, data: str, epochs: int, loss: LossConfig
+        self, name: str, teacher: TeacherConfig, student: Path, data: str, epochs: int, loss: LossConfig
     ) -> DistillConfig:
         rows = self.plan.rows * (self.plan.epochs if data == "fresh" else 1)
         return DistillConfig(
-            teacher=TeacherConfig(str(teacher), cache_hidden=True),
+            teacher=teacher,
             student=StudentConfig(path=str(student), freeze_embeddings=True),
             data=DataConfig(
                 str(self.out / "data" / data),
@@ -140,7 +143,8 @@ class Experiment:
     def correct_teacher(self) -> Path:
         """The teacher after one pass over the training rows with hard labels ("teacher correction" of Minitron,
         arXiv:2408.11796): it then knows the text that it will explain."""
-        config = self._config("correction", self.teacher_path, self.teacher_path, "reused", 1, LOSSES["hard"])
+        teacher = TeacherConfig(str(self.teacher_path))
+        config = self._config("correction", teacher, self.teacher_path, "reused", 1, LOSSES["hard"])
         config.data.eval, config.select = [], "last"
         config.optim.lr = CORRECTION_LR
         return distill(config, self.console).student_path
@@ -156,7 +160,7 @@ class Experiment:
         self.tokenizer.save_pretrained(self.out / "start")
         return self.out / "start"
 
-    def run_regime(self, key: str, teacher: Path, start: Path) -> Regime:
+    def run_regime(self, key: str, start: Path) -> Regime:
         """Train both students on the same rows in the same order."""
         epochs = self.plan.epochs if key == "reused" else 1
         rows = self.plan.rows * (1 if key == "reused" else self.plan.epochs)
@@ -164,27 +168,43 @@ class Experiment:
         for kind, loss in LOSSES.items():
             name = f"{kind}-{key}"
             self.console.print(f"\n[bold]{name}[/]: {rows} rows of {self.plan.seq_len} tokens, {epochs} x")
-            regime.outcomes[kind] = distill(self._config(name, teacher, start, key, epochs, loss), self.console)
+            config = self._config(name, TeacherConfig(cache=str(self.out / "cache")), start, key, epochs, loss)
+            regime.outcomes[kind] = distill(config, self.console)
         return regime
 
-    def test_teacher(self, path: Path) -> Teacher:
-        """The corrected teacher with its hidden states of the test rows kept, against which all are measured."""
-        teacher = Teacher(
-            load_model("teacher", str(path)).to(self.accelerator.device), self.accelerator, self.out / "test"
-        )
-        with progress_bar(self.console) as progress:
-            teacher.cache("test", self.splits.test, ROWS_PER_STEP, progress)
-        return teacher
+    def cache_teacher(self, path: Path, model: PreTrainedModel) -> CachedTeacher:
+        """One pass of the corrected teacher over all rows: every student learns from its hidden states, and every
+        model is measured against them.
 
-    def measure(self, name: str, path: Path, teacher: Teacher, model: PreTrainedModel | None = None) -> Measured:
-        """Test figures, size, speed and a sample of a saved model."""
-        is_teacher = model is teacher.model
+        Args:
+            path: of the teacher. model: the same, loaded.
+        """
+        splits = {name: getattr(self.splits, name).input_ids for name in ("train", "dev", "test")}
+        rows = {"train": splits["train"], "eval": splits["dev"], "test": splits["test"]}
+        head = plain_head(model, rows["test"], "the demo")
+        vocab_size, width = head.weight.shape
+        fingerprints = model_fingerprint(path), tokenizer_fingerprint(self.tokenizer)
+        spec = Spec("hidden", "float16", width, vocab_size, *fingerprints, str(self.accelerator.mixed_precision))
+        writer = CacheWriter(self.out / "cache", rows, spec, head=head)
+        answers = TeacherPass(model, self.accelerator, spec, head, ROWS_PER_STEP)
+        with progress_bar(self.console) as progress:
+            write(writer, answers, progress, self.tokenizer)
+        return CachedTeacher(TeacherCache(self.out / "cache"), {"test": rows["test"]}, self.accelerator)
+
+    def measure(
+        self, name: str, path: Path, teacher: CachedTeacher, model: PreTrainedModel | None = None, itself: bool = False
+    ) -> Measured:
+        """Test figures, size, speed and a sample of a saved model; ``itself``: it is the ``teacher``'s."""
         if model is None:
             model = load_model("student", str(path)).to(self.accelerator.device).eval()
-        if is_teacher:
-            test = evaluate_teacher(teacher, self.splits.test, "test", ROWS_PER_STEP)
+        rows, accelerator = self.splits.test, self.accelerator
+        if itself:
+            own = evaluate_teacher(teacher, rows, "test", accelerator, ROWS_PER_STEP)
+            assert own is not None
+            test = own
         else:
-            test = evaluate(model, teacher, self.splits.test, "test", self.accelerator, ROWS_PER_STEP)
+            head = find_head(model, rows.input_ids[:1].to(accelerator.device))
+            test = evaluate(model, head, teacher, rows, "test", accelerator, ROWS_PER_STEP)
         size = sum(file.stat().st_size for file in path.glob("*.safetensors")) / 1e6
         parameters = sum(p.numel() for p in model.parameters())
         return Measured(name, path, parameters, size, self._speed(model), test, self._sample(model))

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from accelerate import Accelerator
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cache import CacheWriter, Head, Spec, model_fingerprint, tokenizer_fingerprint
-from ..cache.fingerprint import checksum
-from ..cache.format import DTYPES
-from ..teachers import sample_from_hidden, sample_from_logits, topk_from_hidden, topk_from_logits
-from ..topk import TopKTeacher
+from ..cache import CacheWriter, Spec, model_fingerprint, tokenizer_fingerprint
 from . import models, preflight
 from .config import DataConfig
 from .data import find_files, load_rows
-from .heads import final_hidden, find_head
+from .heads import find_head
 from .metrics import progress_bar
+from .teacher_pass import TeacherPass, plain_head, write
 
 
 @dataclass
@@ -103,66 +94,6 @@ def check_cache_config(config: CacheConfig) -> None:
         config.proposal_temperature = None  # the draws are of the teacher itself, and weigh the same
 
 
-class TeacherPass:
-    """The teacher's answers for rows, as :class:`fastkd.cache.CacheWriter` stores them.
-
-    Args:
-        model: in evaluation mode, on the accelerator's device.
-        accelerator: gives the precision.
-        spec: what is wanted.
-        head: of the model; None: logits come from the model as a whole.
-        rows_per_batch: rows in one forward pass.
-        advance: told the rows after each.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        accelerator: Accelerator,
-        spec: Spec,
-        head: Head | None,
-        rows_per_batch: int,
-        advance: Any = lambda rows: None,
-    ) -> None:
-        self.model, self.accelerator, self.spec, self.head = model, accelerator, spec, head
-        self.rows_per_batch, self.advance = rows_per_batch, advance
-
-    @torch.no_grad()
-    def __call__(self, split: str, first_row: int, input_ids: Tensor) -> dict[str, Tensor]:
-        """Tensors of the rows ``input_ids (R, S)``, on the CPU."""
-        pieces: list[dict[str, Tensor]] = []
-        for piece in input_ids.split(self.rows_per_batch):
-            row = first_row + len(pieces) * self.rows_per_batch
-            with self.accelerator.autocast():
-                found = self._answers(piece.to(self.accelerator.device), f"{self.spec.seed} {split} {row}")
-            pieces.append({name: x.cpu() for name, x in found.items()})
-            self.advance(len(piece))
-        return {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
-
-    def _answers(self, input_ids: Tensor, key: str) -> dict[str, Tensor]:
-        if self.spec.kind == "hidden":
-            return {"hidden": final_hidden(self.model, input_ids).to(DTYPES[self.spec.dtype])}
-        keywords: dict[str, Any] = {"temperature": self.spec.temperature}
-        if self.spec.kind == "sampled":
-            # of their own for each batch: what is drawn does not depend on who wrote what before
-            keywords["generator"] = torch.Generator(input_ids.device).manual_seed(int(checksum(key.encode())[:15], 16))
-            keywords["proposal_temperature"] = self.spec.proposal_temperature
-        teacher = self._from_head(input_ids, keywords) if self.head else self._from_logits(input_ids, keywords)
-        weights = {} if teacher.weights is None else {"weights": teacher.weights}
-        return {"ids": teacher.ids, "logprobs": teacher.logprobs.to(DTYPES[self.spec.dtype]), **weights}
-
-    def _from_head(self, input_ids: Tensor, keywords: dict[str, Any]) -> TopKTeacher:
-        assert self.head is not None
-        make = topk_from_hidden if self.spec.kind == "topk" else sample_from_hidden
-        hidden = final_hidden(self.model, input_ids)
-        head = self.head
-        return make(hidden, head.weight, self.spec.width, bias=head.bias, softcap=head.softcap, **keywords)
-
-    def _from_logits(self, input_ids: Tensor, keywords: dict[str, Any]) -> TopKTeacher:
-        make = topk_from_logits if self.spec.kind == "topk" else sample_from_logits
-        return make(self.model(input_ids=input_ids, use_cache=False).logits, self.spec.width, **keywords)
-
-
 def make_spec(config: CacheConfig, model: str, tokenizer: str, sizes: tuple[int, int], precision: str) -> Spec:
     """What the configuration asks for. ``sizes``: H and V of the teacher; ``model``, ``tokenizer``: fingerprints."""
     hidden = config.kind == "hidden"
@@ -171,42 +102,6 @@ def make_spec(config: CacheConfig, model: str, tokenizer: str, sizes: tuple[int,
         config.kind, dtype, sizes[0] if hidden else config.k, sizes[1], model, tokenizer, precision,
         config.temperature, config.proposal_temperature, config.seed,
     )  # fmt: skip
-
-
-def plain_head(model: PreTrainedModel, input_ids: Tensor, setting: str) -> Head:
-    """The head that goes into a cache of hidden states.
-
-    Raises:
-        ValueError: the model does more to its logits than the head; names the ``setting`` that asked for it.
-    """
-    head = find_head(model, input_ids[:1].to(model.device))
-    if head is None:
-        raise ValueError(
-            f"{setting} does not fit {type(model).__name__}, which changes its logits after the head (or wraps it)"
-        )
-    return head
-
-
-def write(
-    writer: CacheWriter,
-    teacher: TeacherPass,
-    progress: Progress,
-    tokenizer: PreTrainedTokenizerBase,
-    repair: bool = False,
-) -> None:
-    """Open the folder and write what is missing, with a bar of rows, rows/s and the time left."""
-    writer.open(tokenizer.save_pretrained, repair)
-    total = sum(map(len, writer.splits.values()))
-    task = progress.add_task("teacher", total=total, completed=writer.done_rows(), loss="", speed="")
-    began, own = time.perf_counter(), 0
-
-    def advance(rows: int) -> None:
-        nonlocal own
-        own += rows
-        progress.update(task, advance=rows, speed=f"{own / (time.perf_counter() - began):,.1f} rows/s")
-
-    teacher.advance = advance
-    writer.run(teacher, lambda done: progress.update(task, completed=done))
 
 
 def cache_teacher(config: CacheConfig, console: Console) -> Path:
@@ -228,9 +123,10 @@ def cache_teacher(config: CacheConfig, console: Console) -> Path:
     head = find_head(model, rows["train"][:1].to(accelerator.device))
     if config.kind == "hidden":
         head = plain_head(model, rows["train"], "kind=hidden")
-    text = model.config.get_text_config()
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    spec = make_spec(config, *fingerprints, (text.hidden_size, text.vocab_size), precision)
+    vocab_size = head.weight.shape[0] if head else model.config.get_text_config().vocab_size
+    sizes = (head.weight.shape[1] if head else 0, vocab_size)
+    spec = make_spec(config, *fingerprints, sizes, precision)
     writer = CacheWriter(
         Path(config.output_dir),
         rows,

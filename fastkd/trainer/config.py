@@ -16,15 +16,30 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 @dataclass
 class TeacherConfig:
-    """The frozen teacher.
+    """The frozen teacher: a model (path), what a cache has of one (cache), or a server (url).
 
     Args:
-        path: folder of a Hugging Face checkpoint with its tokenizer, or a .gguf file.
-        cache_hidden: run the body once over every row, keep its last hidden states on disk (fp16) and apply only
-            the head in each epoch; pays off from the second epoch on.
+        path: folder of a Hugging Face checkpoint with its tokenizer, or a .gguf file. Beside cache: that the cache must
+            be of. Beside url: whose tokenizer the server speaks; default that of student.path.
+        cache: folder that fastkd cache-teacher wrote from the same data, settings of data and seed.
+        url: of a server with vLLM's or SGLang's log-probabilities of prompts, without a path.
+        server: vllm or sglang: how it is asked.
+        model: name of the served model, for vllm.
+        k: log-probabilities a position to ask for.
+        timeout: seconds a request may take.
+        tail: bucket or renormalize: what the columns are that neither a cache of kind topk nor a server names.
+        cache_hidden: with path alone, run the body once over every row, keep its last hidden states on disk (fp16) and
+            apply only the head in each epoch; pays off from the second epoch on.
     """
 
-    path: str
+    path: str | None = None
+    cache: str | None = None
+    url: str | None = None
+    server: Literal["vllm", "sglang"] = "vllm"
+    model: str | None = None
+    k: int = 20
+    timeout: float = 120.0
+    tail: Literal["bucket", "renormalize"] = "bucket"
     cache_hidden: bool = False
 
 
@@ -221,6 +236,7 @@ def check_config(config: DistillConfig) -> None:
         "data.seq_len": (config.data.seq_len, 2),
         "data.max_train_rows": (config.data.max_train_rows, 1),
         "data.max_eval_rows": (config.data.max_eval_rows, 1),
+        "teacher.k": (config.teacher.k, 1),
         "optim.weight_decay": (config.optim.weight_decay, 0),
         "optim.rows_per_batch": (config.optim.rows_per_batch, 1),
         "optim.accumulation": (config.optim.accumulation, 1),
@@ -249,6 +265,7 @@ def check_config(config: DistillConfig) -> None:
 
 def _check_sources(config: DistillConfig) -> None:
     """The settings that exclude or need one another."""
+    _check_teacher_source(config)
     student = config.student
     sources = {"path": student.path, "config": student.config, "keep_blocks": student.keep_blocks}
     given = [f"student.{name}={value!r}" for name, value in sources.items() if value is not None]
@@ -263,3 +280,22 @@ def _check_sources(config: DistillConfig) -> None:
         raise ValueError("loss.kd_weight=0 and loss.ce_weight=0 leave nothing to learn; allowed: at least one not 0")
     if Path(config.output_dir).is_file():
         raise ValueError(f"output_dir={config.output_dir!r} is a file; allowed: a folder, new or of a run to resume")
+
+
+def _check_teacher_source(config: DistillConfig) -> None:
+    teacher = config.teacher
+    if teacher.cache is not None and teacher.url is not None:
+        raise ValueError(f"teacher.cache={teacher.cache!r} and teacher.url={teacher.url!r}; allowed: one of them")
+    if teacher.path is None and teacher.cache is None and teacher.url is None:
+        raise ValueError("the teacher is one of teacher.path, teacher.cache and teacher.url; got none of them")
+    if teacher.cache_hidden and (teacher.cache is not None or teacher.url is not None):
+        raise ValueError("teacher.cache_hidden=true keeps the states of a model; allowed: with teacher.path alone")
+    if config.student.keep_blocks is not None and teacher.path is None:
+        raise ValueError("student.keep_blocks prunes the teacher's model; got teacher.path=None; allowed: its folder")
+    if teacher.url is not None and teacher.path is None and config.student.path is None:
+        raise ValueError("teacher.url needs the served model's tokenizer; allowed: its folder as teacher.path, or a "
+                         "student.path that brings it")  # fmt: skip
+    if teacher.url is not None and teacher.server == "vllm" and teacher.model is None:
+        raise ValueError("teacher.server='vllm' needs teacher.model, the name of the served model; got None")
+    if not 0 < teacher.timeout < float("inf"):
+        raise ValueError(f"teacher.timeout={teacher.timeout!r}; allowed: a positive number")

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import fastkd
-
+from ..cache import Head
 from .data import Rows, shifted_labels
+from .objective import Answer, ask_student, distillation_loss
 from .teacher import Teacher
 
 
@@ -20,7 +20,7 @@ class Evaluation:
     """Means over the predictions of each row, ``(R,)`` fp64 on the CPU.
 
     nll: cross-entropy with the next token, nats.
-    kl: KL(teacher||student) at temperature 1, nats.
+    kl: KL(teacher||student), nats, at temperature 1; against K columns, at theirs and with their tail.
     agreement: share of positions where both rank the same token first.
     """
 
@@ -40,6 +40,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     student: PreTrainedModel,
+    head: Head | None,
     teacher: Teacher,
     rows: Rows,
     split: str,
@@ -51,7 +52,8 @@ def evaluate(
 
     Args:
         student: left in the mode (train or eval) it was in.
-        teacher: gives logits for ``split``.
+        head: the student's, or None where its logits are not its head's (:func:`fastkd.trainer.heads.find_head`).
+        teacher: has ``split``.
         rows: ``R`` rows of ``S`` tokens, ``S - 1`` predictions each.
         rows_per_batch: rows in one forward pass.
         vocab: as in :func:`fastkd.kd_loss`.
@@ -61,16 +63,18 @@ def evaluate(
     parts = []
     for indices in torch.arange(len(rows)).split(rows_per_batch):
         input_ids = rows.input_ids[indices].to(accelerator.device)
-        with accelerator.autocast():
-            student_logits = student(input_ids=input_ids, use_cache=False).logits
-        _, stats = fastkd.kd_loss(
-            student_logits,
-            teacher.logits(split, indices, input_ids),
+        answer = ask_student(student, head if teacher.takes_hidden else None, input_ids, accelerator)
+        _, stats = distillation_loss(
+            answer,
+            teacher.batch(split, indices, input_ids),
             shifted_labels(input_ids),
+            accelerator,
+            with_stats=True,
+            temperature=teacher.temperature or 1.0,
             ce_weight=1.0,
             vocab=vocab,
-            return_stats=True,
         )
+        assert stats is not None
         parts.append(torch.stack([stats.ce, stats.kd, stats.top1_agreement]).double().sum(-1).cpu())
     student.train(was_training)
     sums = torch.cat(parts, dim=1) / (rows.input_ids.shape[1] - 1)
@@ -78,13 +82,20 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_teacher(teacher: Teacher, rows: Rows, split: str, rows_per_batch: int) -> Evaluation:
-    """The teacher against itself: its nll, a KL of 0, an agreement of 1. Arguments as in :func:`evaluate`."""
+def evaluate_teacher(
+    teacher: Teacher, rows: Rows, split: str, accelerator: Accelerator, rows_per_batch: int
+) -> Evaluation | None:
+    """The teacher against itself: its nll, a KL of 0, an agreement of 1. None where it names K columns only, which need
+    not have the next token. Arguments as in :func:`evaluate`."""
     sums = []
     for indices in torch.arange(len(rows)).split(rows_per_batch):
-        input_ids = rows.input_ids[indices].to(teacher.accelerator.device)
-        logits = teacher.logits(split, indices, input_ids)
-        _, stats = fastkd.kd_loss(logits, logits, shifted_labels(input_ids), ce_weight=1.0, return_stats=True)
+        input_ids = rows.input_ids[indices].to(accelerator.device)
+        answer = teacher.batch(split, indices, input_ids)
+        if not isinstance(answer, Answer):
+            return None
+        labels = shifted_labels(input_ids)
+        _, stats = distillation_loss(answer, answer, labels, accelerator, with_stats=True, ce_weight=1.0)
+        assert stats is not None
         sums.append(stats.ce.double().sum(-1).cpu())
     nll = torch.cat(sums) / (rows.input_ids.shape[1] - 1)
     return Evaluation(nll, torch.zeros_like(nll), torch.ones_like(nll))

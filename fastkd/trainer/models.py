@@ -62,12 +62,13 @@ def _as_plain(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_tokenizer(argument: str, path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
+    """The tokenizer beside a model, or alone in a folder.
 
     Raises:
         ValueError: there is none.
     """
-    folder, keywords = _location(argument, path)
+    alone = (Path(path) / "tokenizer_config.json").is_file()
+    folder, keywords = (path, {}) if alone else _location(argument, path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **keywords)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -131,13 +132,13 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
         differing = [n for n in names if ours.get(n) != theirs.get(n)]
         shown = ", ".join(f"{n!r}: teacher {ours.get(n)}, student {theirs.get(n)}" for n in differing[:3])
         raise ValueError(
-            f"teacher.path and student.path have different tokenizers: {len(ours)} and {len(theirs)} tokens, "
+            f"the teacher and student.path have different tokenizers: {len(ours)} and {len(theirs)} tokens, "
             f"{len(differing)} of them differ ({shown}); allowed: a student with the teacher's tokenizer"
         )
     cut = [t(PROBE, add_special_tokens=False)["input_ids"] for t in (teacher, student)]
     if cut[0] != cut[1]:
         raise ValueError(
-            "teacher.path and student.path have the same tokens but cut text differently: "
+            "the teacher and student.path have the same tokens but cut text differently: "
             f"{PROBE[:24]!r}... becomes {len(cut[0])} tokens and {len(cut[1])}; allowed: the teacher's tokenizer"
         )
 

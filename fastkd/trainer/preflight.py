@@ -13,7 +13,6 @@ from . import models
 from .checkpoint import checkpoint_bytes, model_tensors
 from .config import DistillConfig, differing_settings
 from .student import choose_blocks, student_config
-from .teacher import hidden_bytes
 
 
 def make_accelerator(precision: str, device: str, several: bool = False) -> Accelerator:
@@ -30,14 +29,12 @@ def make_accelerator(precision: str, device: str, several: bool = False) -> Acce
     return Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision)
 
 
-def needs_teacher(config: DistillConfig) -> bool:
-    """Hard labels alone need a teacher only as the measure of held-out text."""
-    return config.loss.kd_weight != 0 or bool(config.data.eval)
+def check_student_source(config: DistillConfig, tokenizer: PreTrainedTokenizerBase, teacher_size: int) -> None:
+    """The student exists and speaks the teacher's vocabulary; reads configurations and tokenizers, no weights.
 
-
-def check_student_source(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The student exists and speaks the teacher's vocabulary; reads configurations and tokenizers, no weights."""
-    teacher_size = models.vocab_size_of("teacher.path", config.teacher.path)
+    Args:
+        teacher_size: columns of the teacher's head.
+    """
     student_size = teacher_size
     if config.student.path is not None:
         student_size = models.vocab_size_of("student.path", config.student.path)
@@ -46,7 +43,7 @@ def check_student_source(config: DistillConfig, tokenizer: PreTrainedTokenizerBa
     elif config.student.config is not None:
         student_size = student_config(config.student.config).get_text_config().vocab_size
     else:
-        assert config.student.keep_blocks is not None
+        assert config.student.keep_blocks is not None and config.teacher.path is not None
         choose_blocks([0.0] * models.depth_of("teacher.path", config.teacher.path), config.student.keep_blocks)
     models.check_vocab_size(teacher_size, student_size, max(tokenizer.get_vocab().values()) + 1, config.loss.vocab)
 
@@ -85,19 +82,9 @@ def count_steps(config: DistillConfig, rows: int) -> int:
     return config.optim.max_steps or config.optim.epochs * (rows // per_step)
 
 
-def predicted_sizes(
-    config: DistillConfig,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    train_rows: int,
-    eval_rows: int,
-) -> dict[str, int]:
-    """Bytes of everything the run writes, at the worst moment."""
+def predicted_sizes(config: DistillConfig, student: PreTrainedModel, cached: int) -> dict[str, int]:
+    """Bytes of everything the run writes, at the worst moment; ``cached``: of a cache of its own."""
     weights = sum(t.numel() * t.element_size() for t in model_tensors(student).values())
-    cached = 0
-    if config.teacher.cache_hidden and teacher is not None:
-        rows = eval_rows + (train_rows if config.loss.kd_weight != 0 else 0)
-        cached = hidden_bytes(teacher, rows, config.data.seq_len)
     return {
         "checkpoints": checkpoint_bytes(student, config.keep_checkpoints) if config.checkpoint_every else 0,
         "best student": 2 * weights if config.select == "best" else 0,
@@ -107,20 +94,13 @@ def predicted_sizes(
     }
 
 
-def check_disk(
-    config: DistillConfig,
-    out: Path,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    train_rows: int,
-    eval_rows: int,
-) -> None:
+def check_disk(config: DistillConfig, out: Path, student: PreTrainedModel, cached: int) -> None:
     """Refuse a run whose files will not fit; what ``out`` holds already counts towards them.
 
     Raises:
         ValueError: with the sizes.
     """
-    needs = predicted_sizes(config, student, teacher, train_rows, eval_rows)
+    needs = predicted_sizes(config, student, cached)
     present = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     total, free = sum(needs.values()) - present, shutil.disk_usage(out).free
     if total > free:

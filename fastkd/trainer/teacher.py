@@ -1,112 +1,125 @@
-"""The frozen teacher: logits for rows, from its body every time or from last hidden states kept on disk."""
+"""Where the teacher's side of a batch comes from: a model, a cache, or a server. All three give what
+:func:`fastkd.trainer.objective.distillation_loss` takes."""
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
-from rich.progress import Progress
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import files
-from .data import Rows
-
-SHARD_ROWS = 256
-
-
-def hidden_bytes(model: PreTrainedModel, rows: int, seq_len: int) -> int:
-    """Size on disk of the cached hidden states of ``rows`` rows, fp16."""
-    return rows * seq_len * model.config.get_text_config().hidden_size * 2
+from .. import TopKTeacher
+from ..cache import CachedRows, Head, TeacherCache
+from ..teachers import fetch_teachers, stack_teachers
+from .config import TeacherConfig
+from .objective import Answer
 
 
-class Teacher:
-    """Frozen model that gives logits for the rows of named splits.
+class Teacher(Protocol):
+    """A frozen teacher.
+
+    takes_hidden: whether the loss goes without the student's logits, where the student's head allows it.
+    temperature: at which its answers can be compared with a student's; None: at any.
+    """
+
+    takes_hidden: bool
+    temperature: float | None
+
+    def batch(self, split: str, indices: Tensor, input_ids: Tensor) -> Answer | TopKTeacher:
+        """Its answer for some rows.
+
+        Args:
+            split: "train" or "eval".
+            indices: ``(B,)`` rows of the split.
+            input_ids: ``(B, S)`` their tokens, on the device.
+        """
+
+
+class ModelTeacher:
+    """A model that runs for every batch.
 
     Args:
         model: the teacher, on the accelerator's device.
         accelerator: gives the precision.
-        folder: where hidden states are kept; None runs the body every time.
     """
 
-    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, folder: Path | None) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.accelerator = accelerator
-        self.folder = folder
-        self._shards: dict[str, list[Path]] = {}
+    takes_hidden = False
+    temperature: float | None = None
 
-    def cache(self, split: str, rows: Rows, batch: int, progress: Progress) -> None:
-        """Compute the hidden states of a split once, ``batch`` rows at a time; shards already there are kept.
-
-        Raises:
-            ValueError: the model does more to its logits than the head, or has hidden states beyond fp16.
-        """
-        if self.folder is None:
-            return
-        self._check_head_is_all(rows.input_ids[:1])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files.remove_parts(self.folder)
-        task = progress.add_task(f"teacher's hidden states, {split}", total=len(rows), loss="", speed="")
-        paths = []
-        for start in range(0, len(rows), SHARD_ROWS):
-            ids = rows.input_ids[start : start + SHARD_ROWS]
-            key = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
-            paths.append(self.folder / f"{split}-{start:08d}-{key}.safetensors")
-            if not paths[-1].exists():
-                files.write_tensors(paths[-1], {"hidden": self._hidden_of(ids, batch, progress, task)})
-            progress.update(task, completed=start + len(ids))
-        self._shards[split] = paths
-
-    def _hidden_of(self, ids: Tensor, batch: int, progress: Progress, task: object) -> Tensor:
-        """``(R, S, H)`` fp16."""
-        pieces = []
-        for piece in ids.split(batch):
-            pieces.append(self._hidden(piece.to(self.accelerator.device)).to("cpu", torch.float16))
-            progress.advance(task, len(piece))  # type: ignore[arg-type]
-        hidden = torch.cat(pieces)
-        if not torch.isfinite(hidden).all():
-            raise ValueError("the teacher's hidden states do not fit fp16; allowed: teacher.cache_hidden=false")
-        return hidden
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator) -> None:
+        self.model, self.accelerator = model.eval().requires_grad_(False), accelerator
 
     @torch.no_grad()
-    def _hidden(self, input_ids: Tensor) -> Tensor:
+    def batch(self, split: str, indices: Tensor, input_ids: Tensor) -> Answer:
+        """Logits."""
         with self.accelerator.autocast():
-            return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return Answer(logits=self.model(input_ids=input_ids, use_cache=False).logits)
 
-    @torch.no_grad()
-    def _check_head_is_all(self, input_ids: Tensor) -> None:
-        """Some architectures scale or cap their logits after the head; a cache of hidden states would lose that."""
-        ids = input_ids.to(self.accelerator.device)
-        whole = self.model(input_ids=ids, use_cache=False).logits
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        if not torch.allclose(whole, self.model.get_output_embeddings()(hidden), rtol=1e-3, atol=1e-3):
-            raise ValueError(
-                f"teacher.cache_hidden=true does not fit {type(self.model).__name__}, which changes its logits after "
-                "the head; allowed: teacher.cache_hidden=false"
-            )
 
-    @torch.no_grad()
-    def logits(self, split: str, indices: Tensor, input_ids: Tensor) -> Tensor:
-        """``(B, S, V)`` logits.
+class CachedTeacher:
+    """What :mod:`fastkd.cache` has of a teacher.
 
-        Args:
-            split: name given to :meth:`cache`; one that was never cached runs the body.
-            indices: ``(B,)`` rows of the split.
-            input_ids: ``(B, S)`` their tokens, on the device.
-        """
-        if split not in self._shards:
-            with self.accelerator.autocast():
-                return self.model(input_ids=input_ids, use_cache=False).logits
-        head = self.model.get_output_embeddings()
-        # Outside autocast, whose torch.stack refuses fp16 on the CPU.
-        hidden = torch.stack([self._read(split, int(i)) for i in indices])
-        with self.accelerator.autocast():
-            return head(hidden.to(input_ids.device, head.weight.dtype))
+    Args:
+        cache: finished.
+        rows: split -> ``(R, S)`` the tokens that will be asked for.
+        accelerator: gives device and precision.
+        tail: how a cache of kind topk is read.
 
-    def _read(self, split: str, row: int) -> Tensor:
-        """``(S, H)`` of one row; the file is mapped, so only this row is read."""
-        with safe_open(self._shards[split][row // SHARD_ROWS], framework="pt") as shard:
-            return shard.get_slice("hidden")[row % SHARD_ROWS]
+    Raises:
+        ValueError: a split that is not there or is of other tokens.
+    """
+
+    takes_hidden = True
+
+    def __init__(
+        self,
+        cache: TeacherCache,
+        rows: dict[str, Tensor],
+        accelerator: Accelerator,
+        tail: Literal["bucket", "renormalize"] = "bucket",
+    ) -> None:
+        self.cache, self.accelerator, self.tail = cache, accelerator, tail
+        self.splits: dict[str, CachedRows] = {name: cache.rows(name, ids) for name, ids in rows.items()}
+        exact = cache.spec.kind == "hidden" or (cache.spec.kind == "topk" and tail == "renormalize")
+        self.temperature = None if exact else cache.spec.temperature
+        self.head: Head | None = None
+        # of the products, so that nothing is converted again at every step
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+        if cache.spec.kind == "hidden":
+            weight, bias, softcap = cache.head()
+            place: dict[str, Any] = {"device": accelerator.device, "dtype": self.dtype}
+            self.head = Head(weight.to(**place), None if bias is None else bias.to(**place), softcap)
+
+    def batch(self, split: str, indices: Tensor, input_ids: Tensor) -> Answer | TopKTeacher:
+        """Hidden states with the head, or K columns."""
+        found = self.splits[split].batch(indices)
+        if self.head is None:
+            return self.cache.teacher(found, self.tail, input_ids.device)
+        return Answer(hidden=found["hidden"].to(input_ids.device, self.dtype), head=self.head)
+
+
+class ServedTeacher:
+    """A server that returns the log-probabilities of prompts.
+
+    Args:
+        config: url, server, model, k, tail, timeout.
+        vocab_size: of the student.
+    """
+
+    takes_hidden = True
+
+    def __init__(self, config: TeacherConfig, vocab_size: int) -> None:
+        self.config, self.vocab_size = config, vocab_size
+        self.temperature = None if config.tail == "renormalize" else 1.0
+
+    def batch(self, split: str, indices: Tensor, input_ids: Tensor) -> TopKTeacher:
+        """K columns; the last position of a row has none, and no label."""
+        config = self.config
+        assert config.url is not None
+        teachers = fetch_teachers(
+            config.url, input_ids.tolist(), config.k, vocab_size=self.vocab_size, server=config.server,
+            model=config.model, tail=config.tail, timeout=config.timeout,
+        )  # fmt: skip
+        return stack_teachers(teachers, input_ids.shape[1]).to(input_ids.device)

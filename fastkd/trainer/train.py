@@ -21,14 +21,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from .. import KDLoss, files
-from . import models, preflight
+from ..cache import Head
+from . import preflight
 from .checkpoint import Checkpoints, load_model_tensors, model_tensors
 from .config import DistillConfig, check_config, to_yaml
 from .data import Rows, find_files, load_rows, rows_of_step, shifted_labels
 from .evaluate import evaluate, evaluate_teacher
+from .heads import find_head
 from .metrics import MetricsLog, progress_bar, read_metrics
+from .objective import Answer, ask_student, distillation_loss
 from .student import build_student
 from .teacher import Teacher
+from .teacher_source import TeacherSource, describe_teacher
 
 
 @dataclass
@@ -40,8 +44,8 @@ class Run:
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
     student: PreTrainedModel
+    head: Head | None  # the student's, which the loss applies; None: its logits are not its head's
     teacher: Teacher | None  # None: hard labels only and nothing to evaluate
-    loss: KDLoss
     train_rows: Rows
     eval_rows: Rows | None
     total_steps: int
@@ -83,42 +87,33 @@ def distill(config: DistillConfig, console: Console | None = None) -> Outcome:
 def prepare(config: DistillConfig, progress: Progress) -> Run:
     """Check everything, then load everything. The order is: what is cheap to refuse first."""
     check_config(config)
-    loss = KDLoss(**dataclasses.asdict(config.loss))
+    KDLoss(**dataclasses.asdict(config.loss))  # checks the options
     accelerator = preflight.make_accelerator(config.precision, config.device)
     for name, sources in [("data.train", config.data.train), ("data.eval", config.data.eval)]:
         find_files(name, sources)
-    tokenizer = models.load_tokenizer("teacher.path", config.teacher.path)
-    preflight.check_student_source(config, tokenizer)
+    source = TeacherSource(config, accelerator)
+    tokenizer = source.tokenizer
+    preflight.check_student_source(config, tokenizer, source.vocab_size)
     out = preflight.open_output(config)
     train_rows = load_rows("data.train", config.data, tokenizer, config.seed)
     eval_rows = load_rows("data.eval", config.data, tokenizer, config.seed) if config.data.eval else None
     total_steps = preflight.count_steps(config, len(train_rows))
 
-    teacher = None
-    if preflight.needs_teacher(config) or config.student.keep_blocks is not None:
-        model = models.load_model("teacher.path", config.teacher.path).to(accelerator.device)
-        cache = out / "teacher_hidden" if config.teacher.cache_hidden else None
-        teacher = Teacher(model, accelerator, cache)
+    source.load(train_rows, eval_rows, out)
     set_seed(config.seed)
-    student = build_student(config.student, teacher.model if teacher else None, train_rows.input_ids)
+    student = build_student(config.student, source.model, train_rows.input_ids)
     student = student.to(accelerator.device).train()
-    teacher_model = teacher.model if teacher else None
-    preflight.check_disk(config, out, student, teacher_model, len(train_rows), len(eval_rows or ()))
+    preflight.check_disk(config, out, student, source.predicted())
+    source.check(student.config.get_text_config().vocab_size, progress)
+    head = find_head(student, train_rows.input_ids[:1].to(accelerator.device))
 
     optimizer, scheduler = make_optimizer(config, student, total_steps)
-    teacher = teacher if preflight.needs_teacher(config) else None  # pruned, it is of no more use
-    run = Run(
-        config, out, accelerator, tokenizer, student, teacher, loss, train_rows, eval_rows,
+    files.write_text(out / "config.yaml", to_yaml(config))  # from here on the folder is a run
+    return Run(
+        config, out, accelerator, tokenizer, student, head, source.teacher(progress), train_rows, eval_rows,
         total_steps, accelerator.prepare(optimizer), scheduler,
         Checkpoints(out / "checkpoints", config.keep_checkpoints),
     )  # fmt: skip
-    files.write_text(out / "config.yaml", to_yaml(config))  # from here on the folder is a run
-    if run.teacher is not None:
-        if config.loss.kd_weight != 0:
-            run.teacher.cache("train", train_rows, config.optim.rows_per_batch, progress)
-        if eval_rows is not None:
-            run.teacher.cache("eval", eval_rows, config.optim.rows_per_batch, progress)
-    return run
 
 
 def train(run: Run, progress: Progress, console: Console) -> Outcome:
@@ -188,27 +183,21 @@ def train_step(run: Run, step: int, logged: bool) -> dict[str, Any]:
 def forward(run: Run, indices: Tensor, predictions: int, with_stats: bool) -> tuple[Tensor, Any]:
     """Loss of one pass over the rows ``indices`` as its share of the step's mean, and fastkd's per-token stats."""
     input_ids = run.train_rows.input_ids[indices].to(run.accelerator.device)
-    with run.accelerator.autocast():
-        student_logits = run.student(input_ids=input_ids, use_cache=False).logits
-    if run.config.loss.kd_weight == 0:
-        teacher_logits, overwrite = student_logits.detach(), False
-    else:
+    teaches = run.config.loss.kd_weight != 0
+    takes_hidden = teaches and run.teacher is not None and run.teacher.takes_hidden
+    student = ask_student(run.student, run.head if takes_hidden else None, input_ids, run.accelerator)
+    if teaches:
         assert run.teacher is not None
-        teacher_logits, overwrite = (
-            run.teacher.logits("train", indices, input_ids),
-            is_head_output(student_logits),
-        )
-    run.loss.options = run.loss.options._replace(inplace=overwrite, return_stats=with_stats)
+        teacher = run.teacher.batch("train", indices, input_ids)
+    else:
+        assert student.logits is not None
+        teacher = Answer(logits=student.logits.detach())  # of weight 0; its memory must not take the gradient
     # Position i predicts token i + 1: the labels are shifted, not the logits, so that no copy of them is made; the
     # last position of a row has no label and is skipped.
-    result = run.loss(student_logits, teacher_logits, shifted_labels(input_ids), num_items_in_batch=predictions)
-    return result if with_stats else (result, None)
-
-
-def is_head_output(logits: Tensor) -> bool:
-    """Whether the logits come straight out of a matrix product, which does not need them again in backward, so that
-    their memory can take the gradient. A softcap after the head (tanh) does need them."""
-    return logits.grad_fn is not None and logits.grad_fn.name().startswith(("UnsafeView", "Mm", "Addmm", "Linear"))
+    return distillation_loss(
+        student, teacher, shifted_labels(input_ids), run.accelerator, num_items=predictions, with_stats=with_stats,
+        **dataclasses.asdict(run.config.loss),
+    )  # fmt: skip
 
 
 def evaluate_and_log(run: Run, step: int, best: dict[str, Any], log: MetricsLog, console: Console) -> dict[str, Any]:
@@ -217,10 +206,11 @@ def evaluate_and_log(run: Run, step: int, best: dict[str, Any], log: MetricsLog,
         return best
     assert run.teacher is not None
     batch, vocab = run.config.optim.rows_per_batch, run.config.loss.vocab
-    means = evaluate(run.student, run.teacher, run.eval_rows, "eval", run.accelerator, batch, vocab).means()
+    means = evaluate(run.student, run.head, run.teacher, run.eval_rows, "eval", run.accelerator, batch, vocab).means()
     teacher: dict[str, float] = {}
     if step == 0:
-        teacher = {"teacher_nll": evaluate_teacher(run.teacher, run.eval_rows, "eval", batch).nll.mean().item()}
+        own = evaluate_teacher(run.teacher, run.eval_rows, "eval", run.accelerator, batch)
+        teacher = {} if own is None else {"teacher_nll": own.nll.mean().item()}
     log.write("eval", step, **means, **teacher)
     console.print(
         f"step {step:>6}  held-out nll {means['nll']:.4f}  KL {means['kl']:.4f}  top-1 {means['agreement']:.4f}",
@@ -254,7 +244,7 @@ def finish(run: Run, best: dict[str, Any]) -> Outcome:
     plot_metrics(
         read_metrics(metrics_path),
         run.out / "curves.png",
-        f"distillation of {Path(run.config.teacher.path).name}",
+        f"distillation of {describe_teacher(run.config.teacher)}",
     )
     return Outcome(run.out / "student", metrics_path, step, run.total_steps, held_out)
 
@@ -269,7 +259,10 @@ def make_optimizer(
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
+    # One kernel for all of it on the CPU, whose default walks through each tensor ten times. A scaler (fp16) would divide
+    # inside of it, after the clipping.
+    fused = True if student.device.type == "cpu" and config.precision != "fp16" else None
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=fused)
     try:
         scheduler = get_scheduler(
             optim.schedule,
