@@ -166,7 +166,7 @@ def test_gradient_takes_the_memory_of_the_logits(world: Path, tmp_path: Path, mo
     monkeypatch.setattr(
         objective.KDLoss, "forward", lambda self, *a, **k: (asked.append(self.options.inplace), real(self, *a, **k))[1]
     )
-    distill(make_config(world, tmp_path / "out", optim__max_steps=2))
+    distill(make_config(world, tmp_path / "out", optim__max_steps=2, data__eval=[]))
     assert asked == [True] * 4
 
 

@@ -98,7 +98,9 @@ def _dense(student: Answer, teacher: Answer, labels: Tensor, accelerator: Accele
         softcap = teacher.head.softcap
         with accelerator.autocast(), torch.no_grad():
             logits = torch.nn.functional.linear(teacher.hidden, teacher.head.weight, teacher.head.bias)
-    options |= {"teacher_softcap": softcap, "inplace": is_head_output(student.logits)}
+    assert logits is not None
+    shared = logits.data_ptr() == student.logits.data_ptr()  # hard labels alone: the student stands for the teacher
+    options |= {"teacher_softcap": softcap, "inplace": is_head_output(student.logits) and not shared}
     num_items = options.pop("num_items_in_batch")
     return KDLoss(**options)(student.logits, logits, labels, num_items_in_batch=num_items)
 

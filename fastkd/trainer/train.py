@@ -191,7 +191,7 @@ def forward(run: Run, indices: Tensor, predictions: int, with_stats: bool) -> tu
         teacher = run.teacher.batch("train", indices, input_ids)
     else:
         assert student.logits is not None
-        teacher = Answer(logits=student.logits.detach())  # of weight 0; its memory must not take the gradient
+        teacher = Answer(logits=student.logits.detach())  # of weight 0
     # Position i predicts token i + 1: the labels are shifted, not the logits, so that no copy of them is made; the
     # last position of a row has no label and is skipped.
     return distillation_loss(
