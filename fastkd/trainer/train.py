@@ -259,8 +259,8 @@ def make_optimizer(
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    # One kernel for all of it on the CPU, whose default walks through each tensor ten times. A scaler (fp16) would divide
-    # inside of it, after the clipping.
+    # One kernel on the CPU, whose default walks through each tensor ten times. A scaler (fp16) would divide inside of
+    # it, after the clipping.
     fused = True if student.device.type == "cpu" and config.precision != "fp16" else None
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=fused)
     try:
