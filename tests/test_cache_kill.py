@@ -86,6 +86,16 @@ def test_two_processes_write_one_cache(whole: tuple[Path, int], tmp_path: Path) 
     assert contents(tmp_path / "c") == contents(whole[0])
 
 
+def test_what_another_process_finished_is_not_made_again(whole: tuple[Path, int], tmp_path: Path) -> None:
+    """This one opened the folder before the other wrote all of it."""
+    writer = cache_kill.make_writer(tmp_path / "c")
+    writer.open(cache_kill.fill_tokenizer)
+    killing.join(killing.start("cache_kill:write", str(tmp_path / "c")))
+    told: list[int] = []
+    writer.run(lambda *_: pytest.fail("a shard was made again"), told.append)
+    assert told[-1] == 13 and contents(tmp_path / "c") == contents(whole[0])
+
+
 def test_the_shard_of_a_process_that_died_is_written_by_another(whole: tuple[Path, int], tmp_path: Path) -> None:
     meeting = tmp_path / "meeting"
     meeting.mkdir()

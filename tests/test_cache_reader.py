@@ -74,6 +74,15 @@ def test_a_shuffling_loader_with_workers(whole: Path, context: str) -> None:
     assert hidden.equal(expected(order))
 
 
+def test_a_forked_process_opens_its_own(whole: Path, monkeypatch) -> None:
+    rows = TeacherCache(whole).rows("train")
+    parents = {row: rows[row] and rows._open[row // 4] for row in (0, 4, 8)}
+    assert len(rows._open) == 3
+    monkeypatch.setattr(cache_reader.os, "getpid", lambda: -1)
+    assert rows[4]["hidden"].equal(expected([4])[0])
+    assert list(rows._open) == [1] and rows._open[1] is not parents[4]
+
+
 def test_head_is_kept_exactly(whole: Path) -> None:
     head, kept = cache_kill.make_head(), TeacherCache(whole).head()
     assert kept.weight.equal(head.weight) and kept.bias.equal(head.bias) and kept.softcap == 5.0

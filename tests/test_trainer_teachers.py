@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -238,8 +239,9 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 def damaged(world: Path) -> None:
     make_model(world / "renamed", blocks=2)
     make_tokenizer(world / "renamed", corpus="quite other words make quite other tokens " * 50)
-    for name in ("train_only", "retokenized", "flipped", "cut"):
-        make_cache(world, world / name, max_train_rows=None, max_eval_rows=4, **{"eval": name != "train_only"})
+    make_cache(world, world / "train_only", **WHOLE, eval=False)
+    for name in ("retokenized", "flipped", "cut"):
+        shutil.copytree(world / "hidden", world / name)
     make_tokenizer(world / "retokenized" / "tokenizer", corpus=text(0, 50))
     path = world / "flipped" / "train-00000004.safetensors"
     data = bytearray(path.read_bytes())
