@@ -3,7 +3,7 @@ interpreter instead, so that the suites of the loss hold for the Triton kernels 
 
     python -m pytest -p triton_plugin tests/test_loss_options.py             rows in blocks as shipped
     python -m pytest -p triton_plugin --small-blocks tests/test_loss.py      every row swept, in blocks of 512 or 1024
-    ... --half 0                                                             every other (case, divergence) of the table
+    ... --third 0                                                            every third (case, divergence) of the table
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def sweep_in_small_blocks(host=launch) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--small-blocks", action="store_true", help="sweep every row, in blocks of 512 or 1024 columns")
-    parser.addoption("--half", type=int, choices=(0, 1), help="of the table, one half of (case, divergence)")
+    parser.addoption("--third", type=int, choices=(0, 1, 2), help="of the table, one third of (case, divergence)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,15 +63,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    half = config.getoption("--half")
-    if half is None:
+    third = config.getoption("--third")
+    if third is None:
         return
 
     def belongs(item: pytest.Item) -> bool:
         case = getattr(item, "callspec", None)
         if case is None or not {"index", "divergence"} <= case.params.keys():
             return True
-        return (case.params["index"] + DIVERGENCES.index(case.params["divergence"])) % 2 == half
+        return (case.params["index"] + DIVERGENCES.index(case.params["divergence"])) % 3 == third
 
     config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
     items[:] = [item for item in items if belongs(item)]
