@@ -70,5 +70,5 @@ def test_dtypes_in_place(launch: dict, dtypes: tuple) -> None:
     for seed, layout in enumerate(["contiguous", "padded", "shifted"]):
         lead = (2, 2) if layout == "shifted" else (3,)
         case = Case("in place", lead=lead, vocab=523, student_dtype=dtypes[0], teacher_dtype=dtypes[1], layout=layout)
-        check(Problem(case, "jsd", True), {**launch, "seed": seed}, inplace=True)
-        check(Problem(case, "forward_kl", False), {**launch, "seed": seed}, inplace=True)
+        problem = Problem(case, "forward_kl", False) if layout == "padded" else Problem(case, "jsd", True)
+        check(problem, {**launch, "seed": seed}, inplace=True)
