@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import checks, ops, shard_ops, sparse_ops
+from . import checks, ops, shard_ops
 from .options import check_backend
 from .shard import VocabShard, check_vocab_shard
 from .topk import TopKTeacher
@@ -108,10 +108,7 @@ def _why_not_triton(student_logits: Tensor, teacher_logits: Teacher) -> str | No
         return f"runs on {', '.join(_TRITON_DEVICES)}; the logits are on {device}"
     elif _interpreting():
         return "TRITON_INTERPRET is set, and the interpreter takes logits on the CPU"
-    why_not = _why_not_these_logits(student_logits, teacher_logits) or _load_triton()
-    if not why_not and isinstance(teacher_logits, TopKTeacher) and device not in sparse_ops.devices.get("triton", ()):
-        why_not = "its kernels take no sparse teacher"
-    return why_not or None
+    return _why_not_these_logits(student_logits, teacher_logits) or _load_triton() or None
 
 
 _REASONS = {"native": _why_not_native, "triton": _why_not_triton}  # best first

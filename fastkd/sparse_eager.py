@@ -13,7 +13,7 @@ from .topk import TopKTeacher, mass_limit, mass_resolution
 _NEG_INF = float("-inf")
 
 
-def _entries(teacher: TopKTeacher, vocab: int, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def entries_of(teacher: TopKTeacher, vocab: int, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """ids ``(..., K)`` that can be gathered, the mask of those that are entries, and ``(...)`` rows that are wrong:
     what a look at the values would refuse, where a look would wait for the device."""
     ids, logprobs = teacher.ids.long(), teacher.logprobs
@@ -41,7 +41,7 @@ def _masked_log_sum(logs: Tensor, absent: Tensor) -> Tensor:
     return torch.where(empty, _NEG_INF, total)
 
 
-def _mass_left(lp: Tensor) -> Tensor:
+def mass_left(lp: Tensor) -> Tensor:
     """1 - sum p over the last dimension, below 0 where rounding made the sum larger: by the largest p, whose part of
     the difference is exact, and the others."""
     largest, at = lp.double().max(-1, keepdim=True)
@@ -55,7 +55,7 @@ def _outcomes(teacher: TopKTeacher, lp: Tensor, lq_rest: Tensor, t: Tensor | flo
     if teacher.tail == "renormalize":
         softened = lp if teacher.temperature is None else lp * (teacher.temperature / t)
         return torch.log_softmax(softened, -1), nothing, nothing
-    left, resolution = _mass_left(lp), mass_resolution(teacher.logprobs.dtype)
+    left, resolution = mass_left(lp), mass_resolution(teacher.logprobs.dtype)
     lp = torch.where((left < 0).unsqueeze(-1), torch.log_softmax(lp, -1), lp)
     absent = torch.isneginf(lq_rest) & (left <= resolution)
     lp_rest = torch.where(absent, 0.0, left.clamp(min=0)).log().to(lp.dtype)
@@ -110,7 +110,7 @@ def eager_sparse_kd_loss(
     student = torch.where(valid.unsqueeze(-1), student_logits.to(dtype), 0.0)
     student = softcapped(student, options.student_softcap)
     t = row_temperature(temperature, valid, options, dtype)
-    ids, entry, wrong = _entries(teacher, student.shape[-1], valid)
+    ids, entry, wrong = entries_of(teacher, student.shape[-1], valid)
     spoilt = torch.where(wrong, float("nan"), 1.0).to(dtype)
     lq_all = torch.log_softmax(student / t, -1) * spoilt.unsqueeze(-1)
     lq = torch.where(entry, lq_all.gather(-1, ids), _NEG_INF)

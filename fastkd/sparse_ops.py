@@ -10,7 +10,6 @@ from .options import Options
 from .stats import KDStats
 from .topk import TopKTeacher
 
-devices: dict[str, tuple[str, ...]] = {}  # backend -> device types its sparse operators were built for
 registered: dict[str, ops.Operators] = {}
 
 
@@ -32,15 +31,14 @@ def _fake_forward_inplace(student_logits, ids, logprobs, *arguments):
     return ops.fake_outputs(student_logits, reduction, with_stats)
 
 
-def register_backend(name: str, forward: str, rescale: str, built_for: tuple[str, ...]) -> None:
-    """Fake kernels and autograd for fastkd::<forward> and its twin in place; enters them, and the device types that
-    they run on."""
+def register_backend(name: str, forward: str, rescale: str) -> None:
+    """Fake kernels and autograd for fastkd::<forward> and its twin in place; enters them. A backend has them on every
+    device where it has the dense ones."""
     registered[name] = ops.register_operators(forward, rescale, _fake_forward, _fake_forward_inplace, 16)
-    devices[name] = built_for
 
 
 if not ops.load_error:
-    register_backend("native", "sparse_forward", "kd_rescale", ops.native_devices())
+    register_backend("native", "sparse_forward", "kd_rescale")
 
 
 def fused_sparse_kd_loss(

@@ -48,7 +48,7 @@ def enter(binary: Path) -> ModuleType:
     module = simt_build.load(NAME, binary)
     module.announce()
     ops.register_backend("simt", "simt_")
-    sparse_ops.register_backend("simt", "simt_sparse_forward", "simt_rescale", ("cpu",))
+    sparse_ops.register_backend("simt", "simt_sparse_forward", "simt_rescale")
     _entered.append(module)
     return module
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -253,8 +254,8 @@ def _stay(call: Call, block: Block, row_loss: Tensor, stats: Tensor | None, scal
     )  # fmt: skip
 
 
-def run_loss(call: Call) -> Outputs:
-    """Launches everything of one call; fills call.gradient where there is one."""
+def run_rows(call: Call, rows: Callable[[Tensor, Tensor | None, Tensor], None]) -> Outputs:
+    """The scales, then what ``rows(row_loss, stats, scales)`` launches, then the total."""
     student = call.student.data
     new = functools.partial(student.new_empty, dtype=torch.float32)
     lead = student.shape[:-1]
@@ -270,16 +271,18 @@ def run_loss(call: Call) -> Outputs:
             MEAN=call.reduction == "mean", NORMALISED=normalised, **one_program,
         )  # fmt: skip
         if call.rows > 0:
-            widest = call.columns if call.gradient is None else call.gradient_columns
-            block = resident_block(widest, student.element_size())
-            given = stats if call.with_stats else None
-            if block is None:
-                _sweep(call, row_loss, given, scales)
-            else:
-                _stay(call, block, row_loss, given, scales)
+            rows(row_loss, stats if call.with_stats else None, scales)
         if call.reduction != "none":
             ends.total_kernel[(1,)](loss, row_loss, scales, call.rows, **one_program)
     return Outputs(loss, pending, stats)
+
+
+def run_loss(call: Call) -> Outputs:
+    """Launches everything of one call; fills call.gradient where there is one."""
+    widest = call.columns if call.gradient is None else call.gradient_columns
+    block = resident_block(widest, call.student.data.element_size())
+    rows = functools.partial(_sweep, call) if block is None else functools.partial(_stay, call, block)
+    return run_rows(call, rows)
 
 
 def run_rescale(source: Rows, scaled: Rows, upstream: Tensor, pending: Tensor) -> None:
