@@ -178,9 +178,6 @@ MUTANTS = {
         PREPARE, "j < entries && repeats(j); ++j)", "j < entries && repeats(j) && j < 0; ++j)", "numbers", BLOCK,
         problem=DRAWS, vocab=33,
     ),
-    "sparse: the label's part is lost at a named column": Mutant(
-        SPARSE, "if (c.column == r.label) d += state.rest.label;", "", "numbers", BLOCK, problem=BUCKET, vocab=33,
-    ),
 }  # fmt: skip
 
 
