@@ -129,8 +129,8 @@ def rows_or_copy(x: Tensor) -> Rows:
 # in its registers. The sums of two spill on some architectures.
 SWEEP_BLOCKS = {2: Block(lanes=256, vector=8, threads=256), 4: Block(lanes=256, vector=4, threads=256)}
 # Registers a thread, of 65536 a multiprocessor: three programs of 256 threads, two with statistics or softcaps. Stated,
-# since a compiler left to itself may spill for an occupancy of its own choice. Neither is on the edge: nothing spills
-# at 72 and 112 either; at 64 and 80 something does.
+# since a compiler left to itself may spill for an occupancy of its own choice. In bf16 nothing was seen to spill at 72
+# and 112 either; at 64 and 80 something does.
 PLAIN_REGISTERS, BUSY_REGISTERS = 80, 128
 # Columns of a row that stays in registers. Twice as many spill with jsd or with every option, whatever the threads.
 MAX_RESIDENT = {2: 4096, 4: 4096}
