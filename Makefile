@@ -24,7 +24,7 @@ demo: $(VENV)/demo.stamp $(VENV)/teacher.stamp ## distil the pretrained SmolLM2-
 	@$(BIN)/fastkd demo $(ARGS)
 
 test: $(VENV)/test.stamp $(VENV)/teacher.stamp ## all tests (ARGS='-k name' for some)
-	@$(BIN)/python -m pytest -q -rs -n auto --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -q -rs -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/test.stamp ## time and memory against naive PyTorch (ARGS='--preset all')
 	@$(BIN)/fastkd bench $(ARGS)

@@ -10,6 +10,17 @@ import torch
 import fastkd
 from fastkd import ops
 
+# Files of a minute or more, longest first. A file runs on one core: begun last, one would leave the others idle.
+LONG = (
+    "test_loss.py", "test_triton.py", "test_cuda_kernels.py", "test_trainer_resume.py", "test_sparse.py",
+    "test_native_harness.py", "test_mutation.py", "test_cuda_mutation.py", "test_demo.py", "test_triton_sparse.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the others as they came."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """With -q pytest leaves the header out; which instruction set passed is worth a line all the same."""

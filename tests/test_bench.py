@@ -198,14 +198,14 @@ def test_a_provider_that_raises_is_a_blank_with_a_reason(problem: Problem, monke
 
     messages: list[dict] = []
     _say_into(messages, monkeypatch, run)
-    assert [provider.name for provider in worker._usable(["compile", "naive"], problem)] == ["naive"]
+    assert [provider.name for provider in worker._usable(worker.DENSE, ["compile", "naive"], problem)] == ["naive"]
     assert {"provider": "compile", "missing": "OSError: no C++ compiler"} in messages
 
 
 def test_a_wrong_provider_is_not_timed(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[dict] = []
     _say_into(messages, monkeypatch, _plant(_without_labels).run)
-    assert [provider.name for provider in worker._usable(["compile", "naive"], problem)] == ["naive"]
+    assert [provider.name for provider in worker._usable(worker.DENSE, ["compile", "naive"], problem)] == ["naive"]
     assert [m["provider"] for m in messages if "wrong" in m] == ["compile"]
 
 

@@ -111,7 +111,8 @@ MUTANTS = {
         "missing-wait", BLOCK,
     ),
     "undersized shared memory": Mutant(
-        "cuda/plan.cpp", "return scratch + round_up(", "return scratch - 16 + round_up(", "shared-bounds", PLANNED,
+        "cuda/plan.cpp", "return of_student + round_up(", "return of_student - 16 + round_up(", "shared-bounds",
+        PLANNED,
     ),
     "wrong slice end": Mutant(
         VIEW, "static_cast<int64_t>(part + 1) * size(chunks)", "static_cast<int64_t>(part + 1) * size(chunks) - 1",

@@ -94,7 +94,7 @@ def _prefix() -> str:
 
 def test_every_operator_was_checked(native: str) -> None:
     names = {name.removeprefix("fastkd::") for name in torch._C._dispatch_get_all_op_names() if "fastkd::" in name}
-    registered = {name for name in names if name.startswith(_prefix())}
+    registered = {name for name in names if name.startswith(_prefix()) and "sparse" not in name}  # see test_sparse_api
     assert registered == {_prefix() + word for word in WORDS}
     called = {name for situation in SITUATIONS.values() for name, _ in _calls(situation)}
     assert called == registered
