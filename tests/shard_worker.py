@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -153,7 +155,6 @@ def _after_a_death(rank: int, world: int, group: Any, save: Callable) -> tuple[s
 
 def work(rank: int, world: int, folder: str) -> None:
     """Everything; the results of the rank go into a file."""
-    os.environ["TRITON_INTERPRET"] = "1"  # before its kernels are imported; "auto" does not take them for that
     faulthandler.enable()
     faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
@@ -175,3 +176,19 @@ def work(rank: int, world: int, folder: str) -> None:
     results["errors"]["death"] = _after_a_death(rank, world, groups["death"], save)
     save()
     os._exit(0)  # a group that lost a rank cannot be left in order
+
+
+def main(world: int, folder: str) -> None:
+    """Forks the ranks, so that torch is imported once; nothing has run in this process that a fork could break."""
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=work, args=(rank, world, folder)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(150)
+        if process.is_alive():
+            process.kill()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

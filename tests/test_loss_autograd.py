@@ -167,19 +167,20 @@ def test_memory_of_loss_and_gradient(dtype: torch.dtype, native: str) -> None:
     student, teacher, labels = _rows((8,), 4000, dtype)  # torch does not see memory that lingers, from 128 KiB on
     leaf = student.requires_grad_()
     gradient_bytes = leaf.numel() * leaf.element_size()
+    few = 16384  # bytes: numbers of the rows, of which Triton has 64 bytes a piece
     options = {"backend": native, **OPTIONS}
 
     fresh = _peak_of(lambda: fastkd.kd_loss(leaf, teacher, labels, **options).backward())
-    assert gradient_bytes <= fresh <= 1.02 * gradient_bytes
+    assert gradient_bytes <= fresh <= gradient_bytes + few
     logits = leaf * 1
     inplace = _peak_of(
         lambda: torch.autograd.grad(fastkd.kd_loss(logits, teacher, labels, inplace=True, **options), logits)
     )
-    assert inplace <= 0.02 * gradient_bytes
+    assert inplace <= few
     frozen = student.detach()
-    assert _peak_of(lambda: fastkd.kd_loss(frozen, teacher, labels, **options)) <= 0.02 * gradient_bytes
+    assert _peak_of(lambda: fastkd.kd_loss(frozen, teacher, labels, **options)) <= few
     with torch.no_grad():
-        assert _peak_of(lambda: fastkd.kd_loss(leaf, teacher, labels, **options)) <= 0.02 * gradient_bytes
+        assert _peak_of(lambda: fastkd.kd_loss(leaf, teacher, labels, **options)) <= few
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -36,22 +35,14 @@ def _results(world: int) -> list[dict[str, Any]]:
 
 @cache
 def _outcome(world: int) -> list[dict[str, Any]] | str:
-    """Of each rank, or what was missing. The processes import torch once, in their common parent."""
-    import shard_worker
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy", "fastkd", "shard_worker"])
+    """Of each rank, or what was missing."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=shard_worker.work, args=(rank, world, folder)) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(150)
-            if process.is_alive():
-                process.kill()
+        command = [sys.executable, str(Path(__file__).with_name("shard_worker.py")), str(world), folder]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
         missing = [rank for rank in range(world) if not (Path(folder) / f"{rank}.pt").exists()]
         if missing:
-            return f"no results of ranks {missing} of {world}"
+            return f"no results of ranks {missing} of {world}: {done.stderr[-3000:]}"
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
