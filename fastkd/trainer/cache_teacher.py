@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from ..cache import CacheWriter, Spec, model_fingerprint, tokenizer_fingerprint
-from . import models, preflight
+from . import command, models, preflight
 from .config import DataConfig
 from .data import find_files, load_rows
 from .heads import find_head
@@ -157,28 +155,9 @@ def describe(writer: CacheWriter, console: Console) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run ``fastkd cache-teacher``; the exit status: 0 done, 1 an error that was explained, 130 interrupted."""
-    import datasets
-    from transformers.utils import logging
+    config = command.parse(CacheConfig, "fastkd cache-teacher", "Keep a teacher's answers on disk.", argv)
 
-    parser = ArgumentParser(
-        prog="fastkd cache-teacher",
-        description="Keep a teacher's answers on disk. Flags override the file given with --config.",
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
-    parser.add_class_arguments(CacheConfig, None)
-    parsed = parser.instantiate(parser.parse_args(list(argv)))
-    config = CacheConfig(**{f.name: parsed[f.name] for f in dataclasses.fields(CacheConfig)})
-    logging.set_verbosity_error()  # the messages that matter are this program's own
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    console = Console(stderr=True)
-    try:
-        folder = cache_teacher(config, console)
-    except (ValueError, RuntimeError) as error:
-        console.print(f"fastkd cache-teacher: {error}", style="red", markup=False, highlight=False)
-        return 1
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on after the last whole shard")
-        return 130
-    console.print(f"teacher cache: {folder}", highlight=False)
-    return 0
+    def work(console: Console) -> None:
+        console.print(f"teacher cache: {cache_teacher(config, console)}", highlight=False)
+
+    return command.run("fastkd cache-teacher", work, "interrupted; the same command goes on after the last whole shard")

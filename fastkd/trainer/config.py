@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser
+
+from .command import parse
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -190,14 +191,7 @@ class DistillConfig:
 
 def parse_config(argv: Sequence[str]) -> DistillConfig:
     """Read ``--config file.yaml`` and flags into a DistillConfig. Ends the process with a message on a bad one."""
-    parser = ArgumentParser(
-        prog="fastkd distill",
-        description="Distil a causal language model into a smaller one. Flags override the file given with --config.",
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
-    parser.add_class_arguments(DistillConfig, None)
-    parsed = parser.instantiate(parser.parse_args(list(argv)))
-    return DistillConfig(**{f.name: parsed[f.name] for f in dataclasses.fields(DistillConfig)})
+    return parse(DistillConfig, "fastkd distill", "Distil a causal language model into a smaller one.", argv)
 
 
 def to_dict(config: DistillConfig) -> dict[str, Any]:
