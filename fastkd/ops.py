@@ -62,6 +62,13 @@ class Operators(NamedTuple):
     rescale_: Callable
 
 
+class Rescaling(NamedTuple):
+    """Of Operators those that backward calls."""
+
+    rescale: Callable
+    rescale_: Callable
+
+
 registered: dict[str, Operators] = {}  # backend -> its operators
 
 
@@ -76,7 +83,7 @@ DOUBLE_BACKWARD = (
 )
 
 
-def rescaled(operators: Operators, gradient: Tensor, upstream: Tensor, pending: Tensor) -> Tensor:
+def rescaled(operators: Operators | Rescaling, gradient: Tensor, upstream: Tensor, pending: Tensor) -> Tensor:
     """The gradient for the real upstream: handed over as it is where upstream and pending are 1, else scaled."""
     if torch.is_grad_enabled():
         raise RuntimeError(DOUBLE_BACKWARD)

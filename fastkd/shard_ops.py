@@ -45,7 +45,7 @@ def _rescaled(gradient: Tensor, upstream: Tensor, pending: Tensor) -> Tensor:
     return (gradient * (factor.unsqueeze(-1) if factor.dim() else factor)).to(gradient.dtype)
 
 
-def rescaling(backend: str) -> ops.Operators:
+def rescaling(backend: str) -> ops.Operators | ops.Rescaling:
     """Those that serve the gradients of a backend; eager's are torch's own."""
     if backend in ops.registered:
         return ops.registered[backend]
@@ -53,11 +53,7 @@ def rescaling(backend: str) -> ops.Operators:
     def in_place(gradient: Tensor, upstream: Tensor, pending: Tensor) -> None:
         gradient.copy_(_rescaled(gradient, upstream, pending))
 
-    return ops.Operators(_none, _none, _rescaled, in_place)
-
-
-def _none(*_: Any) -> None:
-    raise NotImplementedError
+    return ops.Rescaling(_rescaled, in_place)
 
 
 class Call(NamedTuple):
@@ -288,29 +284,18 @@ def _backward(ctx, upstream: Tensor | None, *_unused: Tensor | None):
 shard_kd.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Loss(torch.autograd.Function):
-    """The operator under autograd outside a trace, where the gradient may be handed over and scaled in place."""
+def _operators(backend: str, call_of: Callable[..., Call]) -> ops.Operators:
+    """A shard's part with the signatures of any backend's operators; call_of: student_logits, ..., with_gradient."""
 
-    @staticmethod
-    def forward(ctx, student_logits: Tensor, call: Call, inplace: bool):
-        ctx.set_materialize_grads(False)
-        call = call._replace(student_logits=student_logits)
-        loss, gradient, pending, stats = shard_forward(call, student_logits.detach() if inplace else None)
-        if inplace:  # so that autograd notices where anything else still needs the overwritten logits
-            torch.autograd.graph.increment_version(student_logits)
-            gradient = student_logits.detach()
-        ctx.backend = call.backend
-        ctx.save_for_backward(gradient, pending)
-        ctx.mark_non_differentiable(stats)
-        return loss, stats
+    def forward(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return shard_forward(call_of(logits, *rest))
 
-    @staticmethod
-    def backward(ctx, upstream: Tensor | None, _stats: None):
-        if upstream is None:
-            return None, None, None
-        gradient, pending = ctx.saved_tensors
-        backend = ctx.backend if gradient.numel() else "eager"  # no kernel takes rows without columns
-        return ops.rescaled(rescaling(backend), gradient, upstream, pending), None, None
+    def forward_(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, _, pending, stats = shard_forward(call_of(logits, *rest, True), logits.detach())
+        return loss, pending, stats
+
+    rescale = rescaling(backend)
+    return ops.Operators(forward, forward_, rescale.rescale, rescale.rescale_)
 
 
 def add_up(group: str, x: Tensor) -> None:
@@ -334,18 +319,10 @@ def operators_for(
         *others, with_gradient = rest
         return Call._make((logits, *others, backend, start, stop, group, with_gradient))
 
-    def forward(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return shard_forward(call_of(logits, *rest))
-
-    def forward_(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, _, pending, stats = shard_forward(call_of(logits, *rest, True), logits)
-        return loss, pending, stats
-
     whole = call_of(like, like, *arguments, False)
     known = map_of(whole, whole.options())
     checks.check_values_on_cpu(known.vocab, whole.labels, whole.temperatures, whole.ignore_index)
-    rescale = rescaling(backend)
-    return ops.Operators(forward, forward_, rescale.rescale, rescale.rescale_), max(known.widths)
+    return _operators(backend, call_of), max(known.widths)
 
 
 def run(call: Call, inplace: bool) -> tuple[Tensor, Tensor]:
@@ -353,4 +330,6 @@ def run(call: Call, inplace: bool) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling() or not call.with_gradient:
         loss, _, _, stats = shard_kd(*call)
         return loss, stats
-    return _Loss.apply(call.student_logits, call, inplace and call.backend != "eager")
+    backend = call.backend if call.student_logits.numel() else "eager"  # no kernel rescales rows without columns
+    operators = _operators(backend, lambda logits, _with_gradient: call._replace(student_logits=logits))
+    return ops.run(operators, call.student_logits, (), inplace and call.backend != "eager")
