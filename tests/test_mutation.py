@@ -99,7 +99,7 @@ MUTANTS = {
     # rounding and threads
     "bf16 by truncation": Mutant(CONVERT, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"),
     "gradient of the sharing threads skips a block": Mutant(
-        KERNELS, "executor.run(blocks_of(job.params.columns), 1", "executor.run(blocks_of(job.params.columns) - 1, 1"
+        KERNEL, "executor->run(blocks, 1, body", "executor->run(blocks - 1, 1, body"
     ),
     # sparse teachers
     "sparse: the rest's mass by the difference alone": Mutant(

@@ -30,30 +30,18 @@ void run_rows(const LossParams& p, int64_t begin, int64_t end, const RowScratch&
   }
 }
 
-// Runs one step of a row on all threads.
-void run_step(RowJob& job, const Executor& executor, void (*step)(RowJob&, int64_t, int64_t)) {
-  struct Context {
-    RowJob& job;
-    void (*step)(RowJob&, int64_t, int64_t);
-  } context{job, step};
-  const auto body = [](void* c, int64_t begin, int64_t end) {
-    static_cast<Context*>(c)->step(static_cast<Context*>(c)->job, begin, end);
-  };
-  executor.run(blocks_of(job.params.columns), 1, body, &context);
-}
-
 void run_shared_row(const LossParams& p, int64_t n, const RowScratch& scratch, const Executor& executor) {
   if (p.ignored(n)) return ignore_row(p, n);
   RowJob job(p, n, scratch);
-  run_step(job, executor, first_step);
+  run_step(job, &executor, first_step);
   merge_first_step(job);
   if (!is_mixed_kl(p.options.divergence)) {
-    run_step(job, executor, second_step);
+    run_step(job, &executor, second_step);
     merge_second_step(job);
   }
   finish_job(job);
   if (!job.gradient) return;
-  run_step(job, executor, last_step);
+  run_step(job, &executor, last_step);
   zero_gradient(p, n, p.columns);
 }
 

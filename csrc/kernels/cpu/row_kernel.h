@@ -249,6 +249,20 @@ void last_step(RowJob& job, int64_t begin, int64_t end) {
   }
 }
 
+// A step on all blocks of a row: by the threads of the executor, or by the calling one where there is none.
+void run_step(RowJob& job, const Executor* executor, void (*step)(RowJob&, int64_t, int64_t)) {
+  const int64_t blocks = blocks_of(job.params.columns);
+  if (!executor) return step(job, 0, blocks);
+  struct Context {
+    RowJob& job;
+    void (*step)(RowJob&, int64_t, int64_t);
+  } context{job, step};
+  const auto body = [](void* c, int64_t begin, int64_t end) {
+    static_cast<Context*>(c)->step(static_cast<Context*>(c)->job, begin, end);
+  };
+  executor->run(blocks, 1, body, &context);
+}
+
 // Gradient columns beyond the shared vocabulary, or all of an ignored row.
 void zero_gradient(const LossParams& p, int64_t n, int64_t first_column) {
   if (!p.gradient.data) return;

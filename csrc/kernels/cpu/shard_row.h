@@ -7,20 +7,6 @@
 namespace fastkd {
 namespace {
 
-// A step on all blocks of a row: by the threads of the executor, or by the calling one where there is none.
-void run_shard_step(RowJob& job, const Executor* executor, void (*step)(RowJob&, int64_t, int64_t)) {
-  const int64_t blocks = blocks_of(job.params.columns);
-  if (!executor) return step(job, 0, blocks);
-  struct Context {
-    RowJob& job;
-    void (*step)(RowJob&, int64_t, int64_t);
-  } context{job, step};
-  const auto body = [](void* c, int64_t begin, int64_t end) {
-    static_cast<Context*>(c)->step(static_cast<Context*>(c)->job, begin, end);
-  };
-  executor->run(blocks, 1, body, &context);
-}
-
 FASTKD_FN float bits_of(int64_t column) {
   const int32_t narrow = static_cast<int32_t>(column);
   float bits;
@@ -82,14 +68,14 @@ void run_shard_row(const ShardCall& call, int64_t n, const RowScratch& scratch, 
   if (p.ignored(n)) return ignore_shard_row(call, n);
   RowJob job(p, n, scratch);
   if (call.step == ShardStep::sums) job.keeps_exponentials = false;
-  run_shard_step(job, executor, first_step);
+  run_step(job, executor, first_step);
   if (call.step == ShardStep::sums) {
     merge_first_step(job);
     return write_sums(call, job);
   }
   job.row = whole_row(call, n);
   if (!is_mixed_kl(job.options.divergence)) {
-    run_shard_step(job, executor, second_step);
+    run_step(job, executor, second_step);
     merge_second_step(job);
   }
   if (call.step == ShardStep::terms) {
@@ -98,7 +84,7 @@ void run_shard_row(const ShardCall& call, int64_t n, const RowScratch& scratch, 
     return;
   }
   job.coefficients = whole_row_coefficients(call, job);
-  run_shard_step(job, executor, last_step);
+  run_step(job, executor, last_step);
   zero_gradient(p, n, p.columns);
 }
 

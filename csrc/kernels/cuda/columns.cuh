@@ -155,6 +155,27 @@ FASTKD_DEVICE void add_terms(TermSums& sums, const Quad& s, const Quad& t, const
   }
 }
 
+// The part of the cross-entropy in a gradient d of four columns, and the softcap's slope. s: capped logits.
+template <class K>
+FASTKD_DEVICE void add_hard_part(Quad& d, const Quad& s, const Quad& y_s, const Quad& e_s, int first, int stride,
+                                 const GradientCoefficients& c, const RowConstants& r) {
+  if (c.hard != 0) {
+    const Quad hard = hard_exponentials(r, e_s, y_s);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d.value[i] += c.hard * hard.value[i];
+  }
+  const int at = r.label - first;  // a row without a label has none of this column
+  if (at >= 0 && at <= 3 * stride) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (at == i * stride) d.value[i] += c.label;
+  }
+  if (K::kRich && r.student_softcap != 0) {
+    const float inverse = 1 / r.student_softcap;
+    for (int i = 0; i < 4; ++i) d.value[i] *= softcap_slope(s.value[i], inverse);
+  }
+}
+
 // Last sweep: d of four columns, see GradientCoefficients. c.hard is 0 where there is no cross-entropy.
 template <class K>
 FASTKD_DEVICE Quad gradient_of(const Quad& s, const Quad& t, int first, int stride, const RowState& row,
@@ -188,27 +209,15 @@ FASTKD_DEVICE Quad gradient_of(const Quad& s, const Quad& t, int first, int stri
       d.value[i] = (dlogq * slope + student) * e_s.value[i] + c.constant;
     }
   }
-  if (c.hard != 0) {
-    if constexpr (!K::kMixed) {
+  if constexpr (!K::kMixed) {
+    if (c.hard != 0) {
       for (int i = 0; i < 4; ++i) {
         y_s.value[i] = exponent_s(s.value[i]);
         e_s.value[i] *= row.sum_s;
       }
     }
-    const Quad hard = hard_exponentials(r, e_s, y_s);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) d.value[i] += c.hard * hard.value[i];
   }
-  const int at = r.label - first;  // a row without a label has none of this column
-  if (at >= 0 && at <= 3 * stride) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (at == i * stride) d.value[i] += c.label;
-  }
-  if (K::kRich && r.student_softcap != 0) {
-    const float inverse = 1 / r.student_softcap;
-    for (int i = 0; i < 4; ++i) d.value[i] *= softcap_slope(s.value[i], inverse);
-  }
+  add_hard_part<K>(d, s, y_s, e_s, first, stride, c, r);
   return d;
 }
 

@@ -122,27 +122,6 @@ FASTKD_DEVICE StudentPiece merge_student(StudentPiece p, const RowConstants& r) 
   return p;
 }
 
-// The part of the cross-entropy in a gradient d of four columns, and the softcap's slope. s: capped logits.
-template <class K>
-FASTKD_DEVICE void add_hard_part(Quad& d, const Quad& s, const Quad& y_s, const Quad& e_s, int first, int stride,
-                                 const GradientCoefficients& c, const RowConstants& r) {
-  if (c.hard != 0) {
-    const Quad hard = hard_exponentials(r, e_s, y_s);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) d.value[i] += c.hard * hard.value[i];
-  }
-  const int at = r.label - first;  // a row without a label has none of this column
-  if (at >= 0 && at <= 3 * stride) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (at == i * stride) d.value[i] += c.label;
-  }
-  if (K::kRich && r.student_softcap != 0) {
-    const float inverse = 1 / r.student_softcap;
-    for (int i = 0; i < 4; ++i) d.value[i] *= softcap_slope(s.value[i], inverse);
-  }
-}
-
 // The rest's gradient of four columns.
 template <class K>
 FASTKD_DEVICE Quad rest_gradient(const Quad& s, int first, int stride, const SparseState& row, const RowConstants& r) {
