@@ -8,11 +8,13 @@ from torch import Tensor
 from . import checks, linear_checks
 from .backends import select_backend
 from .linear_chunks import Call, fused_linear
+from .linear_dtensor import linear_kd_loss_of_dtensors
 from .linear_eager import eager_linear
 from .ops import scalars_of
 from .options import Options, check_options
 from .products import logits_dtype_for
 from .shard import VocabShard
+from .shard_dtensor import is_dtensor
 from .shard_linear import sharded_linear
 from .stats import KDStats
 
@@ -60,7 +62,7 @@ def linear_kd_loss(
         student_weight: ``(V, H)``, same dtype, or any under ``torch.autocast``. May be shared with an embedding, may
             be computed from other tensors (a head with LoRA: pass the merged ``W + scale * B @ A``), may be frozen,
             which saves its product. A weight that FSDP2 shards must be passed where it is gathered: inside the forward
-            of the module that owns it.
+            of the module that owns it (elsewhere it is a DTensor beside plain hidden states, which is refused).
         teacher_hidden, teacher_weight: ``(..., H')`` and ``(V, H')``, of a dtype of their own, without gradient; H'
             may differ. ``teacher_weight`` may be ``student_weight.detach()``.
         labels: ``(...)`` int64. Tokens equal to ``ignore_index`` have no loss and gradient 0. On the CPU they are left
@@ -79,7 +81,12 @@ def linear_kd_loss(
             numbers a token, or two, as for :func:`fastkd.kd_loss`, in each chunk. The gradient of the hidden states is
             that of the whole vocabulary on every rank: forward adds up the ranks' parts (one all-reduce, N x H), as the
             backward of a column-parallel layer does, so do not reduce it again. The weight's and the bias's stay where
-            their columns are.
+            their columns are. DTensors need no ``vocab_shard``: weights and biases may be ``Shard(0)`` in one mesh
+            dimension, the vocabulary, with hidden states ``Replicate`` there and ``Shard`` of rows in others, where
+            heads are ``Replicate``; ``teacher_logits`` are then ``Shard(-1)``. Loss and results per token as for
+            :func:`fastkd.kd_loss`; gradients have the placements of what came, those of a head being summed over the
+            ranks with other rows. The student's tensors are all DTensors or none; of the others, what is none is this
+            rank's part.
         divergence ... backend: as for :func:`fastkd.kd_loss`. There is no ``inplace``: no logits of the caller's exist.
 
     Returns:
@@ -90,6 +97,21 @@ def linear_kd_loss(
         TypeError, ValueError: an argument of the wrong type, shape, device or value; the message names it.
         RuntimeError: an explicit ``backend`` that cannot run, with the reason; a second derivative.
     """
+    tensors = {
+        "student_hidden": student_hidden, "student_weight": student_weight, "student_bias": student_bias,
+        "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias,
+        "teacher_logits": teacher_logits, "labels": labels, "token_weights": token_weights, "temperature": temperature,
+    }  # fmt: skip
+    if any(is_dtensor(x) for x in tensors.values()):
+        keywords = {
+            "chunk_size": chunk_size, "memory_budget": memory_budget, "logits_dtype": logits_dtype,
+            "divergence": divergence, "beta": beta, "scale_by_t2": scale_by_t2, "kd_weight": kd_weight,
+            "ce_weight": ce_weight, "label_smoothing": label_smoothing, "z_loss": z_loss,
+            "student_softcap": student_softcap, "teacher_softcap": teacher_softcap, "ignore_index": ignore_index,
+            "reduction": reduction, "num_items_in_batch": num_items_in_batch, "vocab": vocab,
+            "vocab_shard": vocab_shard, "return_stats": return_stats, "backend": backend,
+        }  # fmt: skip
+        return linear_kd_loss_of_dtensors(linear_kd_loss, tensors, keywords)
     temperatures = temperature if isinstance(temperature, Tensor) else None
     options = Options(
         divergence, beta, 1.0 if isinstance(temperature, Tensor) else temperature, scale_by_t2, kd_weight, ce_weight,

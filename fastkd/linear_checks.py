@@ -15,8 +15,9 @@ def _check_tensor(name: str, x: object, dim: int | None, shape: str) -> None:
         raise TypeError(f"{name} must be a tensor {shape}; got {type(x).__name__}")
     if hasattr(x, "full_tensor"):
         raise TypeError(
-            f"{name} is a DTensor, of which this process holds a part; call the loss inside the forward of the module "
-            f"that FSDP2 gathers it for, or pass {name}.full_tensor()"
+            f"{name} is a DTensor, of which this process holds a part, and the loss of a sparse teacher takes whole "
+            "tensors only: call it inside the forward of the module that FSDP2 gathers them for, or pass "
+            f"{name}.full_tensor()"
         )
     if x.dtype not in LOGIT_DTYPES and x.dtype != torch.float64:
         raise TypeError(f"{name} must be {_DTYPE_WORDS}; got {describe(x)}")

@@ -1,4 +1,5 @@
-"""Logits that are DTensors: a mesh dimension may shard the vocabulary, others the rows."""
+"""Logits that are DTensors: a mesh dimension may shard the vocabulary, others the rows. Of the linear loss, too, what
+does not depend on where logits come from."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ class Layout(NamedTuple):
     """How the rows and columns of the student's logits lie on a mesh."""
 
     mesh: Any
-    placements: tuple[Any, ...]
+    placements: tuple[
+        Any, ...
+    ]  # of the logits, or of the hidden states, which no mesh dimension of the vocabulary shards
     vocab_dim: int | None  # mesh dimension that shards the vocabulary
     row_dims: tuple[int, ...]  # mesh dimensions that shard rows
 
@@ -31,6 +34,12 @@ class Layout(NamedTuple):
         from torch.distributed.tensor import Replicate
 
         return tuple(Replicate() if dim == self.vocab_dim else p for dim, p in enumerate(self.placements))
+
+    def with_columns(self, last: int) -> tuple[Any, ...]:
+        """Placements of logits, whose dimension ``last`` is the vocabulary."""
+        from torch.distributed.tensor import Shard
+
+        return tuple(Shard(last) if dim == self.vocab_dim else p for dim, p in enumerate(self.placements))
 
     def shard(self, vocab: int) -> VocabShard | None:
         """This rank's columns: equal parts, the last ones smaller or empty, as Shard cuts."""
@@ -66,15 +75,20 @@ def layout_of(student_logits: Any) -> Layout:
     return Layout(student_logits.device_mesh, tuple(student_logits.placements), vocab_dim, tuple(row_dims))
 
 
-def _local(name: str, x: Any, layout: Layout, placements: tuple[Any, ...]) -> Any:
-    """This rank's part of a DTensor that lies as the student's; anything else as it is, a local part."""
+def local_part(
+    name: str, x: Any, layout: Layout, placements: tuple[Any, ...], like: str, lead: torch.Size | None = None
+) -> Any:
+    """This rank's part of a DTensor with these placements on the mesh of ``like``; anything else as it is, a local
+    part. lead: what the whole tensor's shape must begin with: a part may fit on one rank and not on another."""
     if not is_dtensor(x):
         return x
     if x.device_mesh != layout.mesh or tuple(x.placements) != placements:
         raise ValueError(
-            f"{name}, a DTensor, must lie on the mesh of student_logits with the placements {placements}; got "
+            f"{name}, a DTensor, must lie on the mesh of {like} with the placements {placements}; got "
             f"{tuple(x.placements)} on {x.device_mesh}"
         )
+    if lead is not None and x.shape[: len(lead)] != lead:
+        raise ValueError(f"{name} must agree with {like} in its leading dimensions {tuple(lead)}; got {tuple(x.shape)}")
     if x.requires_grad:
         raise ValueError(f"{name} must not require grad; pass {name}.detach()")
     return x.to_local()
@@ -105,6 +119,22 @@ def _items(rows: Tensor, labels: Tensor | None, weights: Tensor | None, ignore_i
     return total
 
 
+def with_items_of_all_rows(keywords: dict[str, Any], rows: Tensor, labels: Tensor | None, layout: Layout) -> None:
+    """Sets num_items_in_batch where the mean is over rows of several ranks; all are those of this rank."""
+    if layout.row_dims and keywords["reduction"] == "mean" and keywords["num_items_in_batch"] is None:
+        weights, ignore = keywords["token_weights"], keywords["ignore_index"]
+        keywords["num_items_in_batch"] = _items(rows, labels, weights, ignore, layout)
+
+
+def of_all_rows(result: Any, reduction: str, layout: Layout) -> Any:
+    """A loss function's result of this rank's rows, the reduced loss as that of all rows."""
+    if not layout.row_dims or reduction == "none":
+        return result
+    loss, *stats = result if isinstance(result, tuple) else (result,)
+    loss = _Whole.apply(loss, layout)
+    return (loss, *stats) if stats else loss
+
+
 def _check_teacher(teacher_logits: Any, student: Tensor, vocab: int) -> None:
     """As wide as the student, whose parts of a vocabulary of this size ``student`` is one of."""
     if is_dtensor(teacher_logits) and teacher_logits.shape[-1] != vocab:
@@ -132,22 +162,14 @@ def kd_loss_of_dtensors(
     if not is_dtensor(student_logits):
         raise TypeError(f"teacher_logits is a DTensor and student_logits is not; got {describe(student_logits)}")
     layout = layout_of(student_logits)
-    vocab, per_token = student_logits.shape[-1], layout.per_token()
+    vocab, lead, like = student_logits.shape[-1], student_logits.shape[:-1], "student_logits"
     student = student_logits.to_local(grad_placements=layout.placements)
-    teacher = _local("teacher_logits", teacher_logits, layout, layout.placements)
-    labels = _local("labels", labels, layout, per_token)
+    teacher = local_part("teacher_logits", teacher_logits, layout, layout.placements, like, lead)
+    labels = local_part("labels", labels, layout, layout.per_token(), like, lead)
     for name in ("token_weights", "temperature"):
-        keywords[name] = _local(name, keywords[name], layout, per_token)
+        keywords[name] = local_part(name, keywords[name], layout, layout.per_token(), like, lead)
     if layout.vocab_dim is not None:
         _check_teacher(teacher_logits, student, vocab)
     keywords["vocab_shard"] = layout.shard(vocab)
-    reduced = keywords["reduction"] != "none"
-    if layout.row_dims and keywords["reduction"] == "mean" and keywords["num_items_in_batch"] is None:
-        weights, ignore = keywords["token_weights"], keywords["ignore_index"]
-        keywords["num_items_in_batch"] = _items(student, labels, weights, ignore, layout)
-    result = kd_loss(student, teacher, labels, **keywords)
-    if not layout.row_dims or not reduced:
-        return result
-    loss, *stats = result if isinstance(result, tuple) else (result,)
-    loss = _Whole.apply(loss, layout)
-    return (loss, *stats) if stats else loss
+    with_items_of_all_rows(keywords, student, labels, layout)
+    return of_all_rows(kd_loss(student, teacher, labels, **keywords), keywords["reduction"], layout)

@@ -36,7 +36,7 @@ CORE_ORDER = (
     {"_C"},
     {"checks", "divergence", "linear_rows", "products", "shard", "stats"},
     {"linear_checks", "options", "shard_dtensor", "shard_exchange", "topk"},
-    {"cuda", "eager", "ops", "shard_rows", "sparse_checks"},
+    {"cuda", "eager", "linear_dtensor", "ops", "shard_rows", "sparse_checks"},
     {"shard_eager", "sparse_eager", "sparse_ops"},
     {"shard_native"},
     {"shard_ops"},

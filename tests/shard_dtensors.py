@@ -22,6 +22,7 @@ class DTensorCase(NamedTuple):
 
 
 SOFT = {"temperature": True, "token_weights": True, "ce_weight": 0.5}
+AXES = {"v": Shard(1), "r": Shard(0), "-": Replicate()}  # placements of logits (N, V)
 CASES = {
     "vocabulary": DTensorCase("v", {**SOFT, "return_stats": True}),
     "vocabulary, jsd": DTensorCase("v", {"divergence": "jsd", "reduction": "sum"}),
@@ -49,7 +50,7 @@ def run_rank(case: DTensorCase, world: int) -> dict[str, Any] | None:
     if len(case.axes) == 2 and world < 4:
         return None
     mesh = init_device_mesh("cpu", (world,) if len(case.axes) == 1 else (2, world // 2))
-    logits = [{"v": Shard(1), "r": Shard(0), "-": Replicate()}[axis] for axis in case.axes]
+    logits = [AXES[axis] for axis in case.axes]
     per_token = [Shard(0) if axis == "r" else Replicate() for axis in case.axes]
     inputs, keywords = whole(case)
     student = distribute_tensor(inputs.student, mesh, logits).requires_grad_()

@@ -14,6 +14,7 @@ from typing import Any
 
 import shard_cases
 import shard_dtensors
+import shard_linear_dtensors
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,6 +167,9 @@ def work(rank: int, world: int, folder: str) -> None:
         results["cases"][f"linear {name}"] = shard_cases.run_linear_rank(linear, rank, world)
     for name, of_mesh in shard_dtensors.CASES.items():
         results["cases"][f"DTensor {name}"] = shard_dtensors.run_rank(of_mesh, world)
+    for name, of_heads in shard_linear_dtensors.CASES.items():
+        results["cases"][f"linear DTensor {name}"] = shard_linear_dtensors.run_rank(of_heads, world)
+    results["refused"] = {name: shard_linear_dtensors.refused(name, world) for name in shard_linear_dtensors.WRONG}
     results["traffic"] = traffic(rank, world)
     patient = timedelta(seconds=TIMEOUT)
     groups = {name: dist.new_group(timeout=patient) for name in [*ERRORS, "death"]}

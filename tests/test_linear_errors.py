@@ -125,7 +125,7 @@ def test_wrong_option_of_the_module(options: dict, message: str) -> None:
 
 
 def test_sharded_weight_says_where_to_call(tmp_path) -> None:
-    """A DTensor is a part of the weight: its products would be those of the part."""
+    """A DTensor beside plain hidden states may be FSDP's part of the weight or a mesh's part of the vocabulary."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -133,7 +133,13 @@ def test_sharded_weight_says_where_to_call(tmp_path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         weight = distribute_tensor(torch.randn(9, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(TypeError, match=r"student_weight is a DTensor.*full_tensor"):
+        with pytest.raises(TypeError, match=r"student_weight is a DTensor, and student_hidden not.*full_tensor"):
             linear_kd_loss(**{**_arguments(), "student_weight": weight})
+        with pytest.raises(TypeError, match=r"student_weight is a DTensor.*sparse teacher.*full_tensor"):
+            teacher = fastkd.TopKTeacher(torch.zeros(2, 3, 1).long(), torch.zeros(2, 3, 1))
+            fastkd.linear_sparse_kd_loss(_arguments()["student_hidden"], weight, teacher)
+        with pytest.raises(ValueError, match=r"vocab_shard must be None where student_weight is a DTensor"):
+            shard = fastkd.VocabShard(0, 9)
+            linear_kd_loss(**{**_arguments(), "student_weight": weight, "vocab_shard": shard})
     finally:
         dist.destroy_process_group()

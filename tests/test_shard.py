@@ -15,6 +15,7 @@ import linear_cases
 import pytest
 import shard_cases
 import shard_dtensors
+import shard_linear_dtensors
 import torch
 from inputs import IGNORE, Outcome, reference_of, run_backend
 from reference import DIVERGENCES
@@ -120,6 +121,51 @@ def test_dtensors_are_taken_as_they_lie(name: str, world: int) -> None:
         assert (rank is None) == (len(case.axes) == 2 and world == 2)
         if rank is not None:
             assert_close_to_reference(Outcome(rank["loss"], rank["gradient"], None), expected, eager, roundings=2)
+
+
+@pytest.mark.parametrize("name", shard_linear_dtensors.CASES)
+def test_heads_that_are_dtensors_are_taken_as_they_lie(name: str, world: int) -> None:
+    """The loss and the gradients of the whole tensors; the worker checks how the gradients lie."""
+    case = shard_linear_dtensors.CASES[name]
+    problem, up = linear_cases.make_problem(case.inputs), shard_linear_dtensors.upstream(case)
+    for result in _results(world):
+        rank = result["cases"][f"linear DTensor {name}"]
+        assert (rank is None) == (len(case.axes) == 2 and world == 2)
+        if rank is not None:
+            linear_cases.assert_right(problem, linear_cases.Outcome(**rank, stats=None), up, **case.options)
+
+
+REFUSED = {
+    "weight Shard(1)": ("TypeError", "student_weight", "Shard(0) in one mesh dimension", "Shard(dim=1)"),
+    "weight Partial": ("TypeError", "student_weight", "Replicate", "Partial"),
+    "hidden Shard(-1)": ("TypeError", "student_hidden", "Shard of rows", "Shard(dim=1)"),
+    "hidden Partial": ("TypeError", "student_hidden", "Shard of rows", "Partial"),
+    "rows and vocabulary in one dimension": ("ValueError", "rows or the vocabulary, not both", "student_weight.redist"),
+    "another mesh": ("ValueError", "student_weight", "mesh of student_hidden"),
+    "bias lies otherwise": ("ValueError", "student_bias", "Shard(dim=0)", "Replicate"),
+    "bias of a part": ("TypeError", "student_bias not", "as DTensors"),
+    "bias too short": ("ValueError", "student_bias", "V = 12", "(11,)"),
+    "hidden of this rank": ("TypeError", "student_weight is a DTensor", "student_hidden not", "[Replicate()]", "FSDP2"),
+    "weight of this rank": ("TypeError", "student_hidden is a DTensor", "student_weight not"),
+    "head that FSDP2 shards": ("TypeError", "student_weight is a DTensor", "FSDP2", "student_weight.full_tensor()"),
+    "only labels": ("TypeError", "labels is a DTensor", "student_hidden and student_weight and student_bias not"),
+    "teacher's head lies otherwise": ("ValueError", "teacher_weight", "Shard(dim=0)", "Replicate"),
+    "teacher's hidden lies otherwise": ("ValueError", "teacher_hidden", "Shard(dim=0)", "Replicate"),
+    "teacher's rows": ("ValueError", "teacher_hidden", "leading dimensions (4,)", "(5, 20)"),
+    "teacher's vocabulary": ("ValueError", "teacher_weight", "12 columns as a DTensor", "got 13"),
+    "whole head of the teacher": ("ValueError", "teacher_weight", "columns as this rank's part of it", "got 12"),
+    "teacher trains": ("ValueError", "teacher_weight must not require grad", "teacher_weight.detach()"),
+    "labels lie otherwise": ("ValueError", "labels", "Shard(dim=0)", "Replicate"),
+    "labels too short": ("ValueError", "labels", "leading dimensions (4,)", "(3,)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", shard_linear_dtensors.WRONG)
+def test_heads_that_lie_in_no_way_that_is_meant(name: str, world: int) -> None:
+    """Every rank says it by itself: what only some of them saw would leave the others waiting."""
+    for rank, result in enumerate(_results(world)):
+        (kind, message), (error, *words) = result["refused"][name], REFUSED[name]
+        assert kind == error and all(word in message for word in words), f"rank {rank}: {kind} {message}"
 
 
 FLOATS = {  # a token that each rank sends, in each exchange
