@@ -65,11 +65,20 @@ def _architecture_flags() -> list[str]:
     return flags
 
 
-def _compile(toolkit: Toolkit, source: Path, out: Path, newest_header: float) -> str:
-    command = [str(toolkit.nvcc), *FLAGS, *_architecture_flags(), "-c", str(source), "-o", str(out)]
-    stamp = out.with_suffix(".command")
-    newest = max(source.stat().st_mtime, newest_header)
-    if out.exists() and out.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == " ".join(command):
+def _is_fresh(out: Path, made_of: Path) -> bool:
+    """Whether the object is newer than all that it was made of, by the rule that nvcc wrote for make."""
+    if not (out.exists() and made_of.exists()):
+        return False
+    files = made_of.read_text().replace("\\\n", " ").partition(" : ")[2].split()
+    made = out.stat().st_mtime
+    return bool(files) and all(os.path.exists(name) and os.stat(name).st_mtime < made for name in files)
+
+
+def _compile(toolkit: Toolkit, source: Path, out: Path) -> str:
+    made_of, stamp = out.with_suffix(".d"), out.with_suffix(".command")
+    command = [str(toolkit.nvcc), *FLAGS, *_architecture_flags(), "-MMD", "-MF", str(made_of)]
+    command += ["-c", str(source), "-o", str(out)]
+    if stamp.exists() and stamp.read_text() == " ".join(command) and _is_fresh(out, made_of):
         return str(out)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -79,14 +88,13 @@ def _compile(toolkit: Toolkit, source: Path, out: Path, newest_header: float) ->
 
 
 def compile_kernels(toolkit: Toolkit, folder: Path) -> list[str]:
-    """Object files of all kernels, those whose sources did not change as they are."""
+    """Object files of all kernels, those whose sources and headers did not change as they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    newest_header = max(p.stat().st_mtime for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cuh"))
     workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         return list(
             pool.map(
-                lambda source: _compile(toolkit, source, folder / f"{source.stem}.o", newest_header),
+                lambda source: _compile(toolkit, source, folder / f"{source.stem}.o"),
                 sorted(SOURCES.glob("*.cu")),
             )
         )

@@ -170,12 +170,18 @@ def select_backend(backend: str, student_logits: Tensor, teacher_logits: Teacher
     raise RuntimeError(f"backend={backend!r} cannot run: {why_not}; use backend='auto' or 'eager'")
 
 
-def _native_words(student_logits: Tensor, teacher_logits: Teacher) -> str:
+def _native_words(student_logits: Tensor, teacher_logits: Teacher, shard: VocabShard | None) -> str:
+    if shard is not None and shard.width == 0:
+        return "no kernel: this rank has no column"
     dense = teacher_logits if isinstance(teacher_logits, Tensor) else None
     if student_logits.device.type == "cuda":
         from .cuda import plan_for  # which needs the extension
 
-        return f"CUDA kernels, {plan_for(student_logits, dense)}"
+        return f"CUDA kernels, {plan_for(student_logits, dense, shard.width if shard is not None else None)}"
+    if shard is not None:
+        return (
+            f"C++ kernels, {ops.cpu_isa()} on the CPU: a read of the logits before each exchange, one for the gradient"
+        )
     read = "one read of the student's logits" if dense is None else "one read of the logits"
     return f"C++ kernels, {ops.cpu_isa()} on the CPU: {read}, gradient in the same pass"
 
@@ -199,7 +205,7 @@ def explain(
     chosen, _ = _choose(backend, student_logits, teacher_logits, sharded)
     why_not = _why_not(student_logits, teacher_logits, sharded)
     can = {
-        "native": why_not["native"] or _native_words(student_logits, teacher_logits),
+        "native": why_not["native"] or _native_words(student_logits, teacher_logits, vocab_shard),
         "triton": "Triton kernels: the gradient in forward, one program a row or several; compiled at first use",
         "eager": "torch operations and autograd: any device, any dtype up to float64, some 20 N x V tensors of traffic",
     }

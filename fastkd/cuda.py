@@ -65,11 +65,13 @@ def plan_loss(
     with_gradient: bool = True,
     aligned: bool = True,
     sparse: bool = False,
+    shard: bool = False,
     wanted: str = "",
 ) -> Plan:
     """The plan for ``rows`` x ``vocab`` logits. mixed_kl: forward_kl, reverse_kl or symmetric_kl. aligned: rows of all
     tensors begin at the same place between two 16-byte boundaries. sparse: the teacher names columns, and only the
-    student has logits. wanted: the variant to take where a row fits it.
+    student has logits. shard: ``vocab`` are the columns of one rank of several. wanted: the variant to take where a row
+    fits it.
 
     Raises:
         ValueError: rows or vocab outside their range, a dtype that the kernels do not take, an unknown variant.
@@ -91,6 +93,7 @@ def plan_loss(
         with_gradient,
         aligned,
         sparse,
+        shard,
         *gpu,
         wanted,
     )
@@ -107,12 +110,12 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(arch, p.multi_processor_count, per_block, p.shared_memory_per_multiprocessor, 16 if arch >= 90 else 1)
 
 
-def plan_for(student_logits: Tensor, teacher_logits: Tensor | None) -> Plan:
+def plan_for(student_logits: Tensor, teacher_logits: Tensor | None, columns: int | None = None) -> Plan:
     """The plan of kd_loss with a one-sweep divergence for these logits, contiguous ones, with a gradient; of
-    sparse_kd_loss where there are none of a teacher."""
+    sparse_kd_loss where there are none of a teacher. columns: those of a rank's vocab_shard, at least one."""
     sparse = teacher_logits is None
     teacher = student_logits if teacher_logits is None else teacher_logits
-    vocab = min(student_logits.shape[-1], teacher.shape[-1])
+    vocab = min(student_logits.shape[-1], teacher.shape[-1]) if columns is None else columns
     rows = student_logits.numel() // max(1, student_logits.shape[-1])
     return plan_loss(
         rows,
@@ -121,4 +124,5 @@ def plan_for(student_logits: Tensor, teacher_logits: Tensor | None) -> Plan:
         student_dtype=student_logits.dtype,
         teacher_dtype=teacher.dtype,
         sparse=sparse,
+        shard=columns is not None,
     )

@@ -1,6 +1,10 @@
-"""The parts of a shard's rows by the extension's operators torch.ops.fastkd.shard_*."""
+"""The parts of a shard's rows by the extension's operators torch.ops.fastkd.shard_*, or by others of the same
+schemas whose names begin with a prefix."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,26 +30,30 @@ def _rows(piece: Piece, sums: dict[str, Tensor], *rest: Tensor | None) -> Tensor
     return torch.stack([*given, *(nothing if x is None else x.to(nothing.dtype) for x in rest)])
 
 
-def sums(piece: Piece) -> Tensor:
+def _operator(prefix: str, name: str) -> Callable[..., Any]:
+    return getattr(torch.ops.fastkd, f"{prefix}shard_{name}")
+
+
+def sums(piece: Piece, prefix: str = "") -> Tensor:
     """(F, N), in the order of FIELDS."""
-    found = torch.ops.fastkd.shard_sums(piece.student, *_arguments(piece, piece.shard.stop))
+    found = _operator(prefix, "sums")(piece.student, *_arguments(piece, piece.shard.stop))
     if piece.hard:  # the kernels read some column's logit where the label is elsewhere
         assert piece.owned is not None
         found[FIELDS.index("label")].masked_fill_(~piece.owned, torch.nan)
     return found
 
 
-def terms(piece: Piece, row: dict[str, Tensor]) -> Tensor:
+def terms(piece: Piece, row: dict[str, Tensor], prefix: str = "") -> Tensor:
     """(2, N): sums of term and dlogq over the piece."""
     rows = _rows(piece, row, None, None, None)
-    return torch.ops.fastkd.shard_terms(piece.student, *_arguments(piece, piece.shard.stop), rows)
+    return _operator(prefix, "terms")(piece.student, *_arguments(piece, piece.shard.stop), rows)
 
 
-def gradient(piece: Piece, row: Row, into: Tensor | None) -> Tensor:
+def gradient(piece: Piece, row: Row, into: Tensor | None, prefix: str = "") -> Tensor:
     """(..., C) in the student's dtype: over the student's logits where ``into`` is them."""
     rows = _rows(piece, row.sums, row.dlogq, row.scale, piece.owned)
     arguments = (*_arguments(piece, row.vocab), rows)
     if into is None:
-        return torch.ops.fastkd.shard_gradient(piece.student, *arguments)
-    torch.ops.fastkd.shard_gradient_(piece.student, *arguments)
+        return _operator(prefix, "gradient")(piece.student, *arguments)
+    _operator(prefix, "gradient_")(piece.student, *arguments)
     return into

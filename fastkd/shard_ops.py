@@ -37,7 +37,7 @@ registered: dict[str, Parts] = {
     "eager": Parts(shard_eager.sums, shard_eager.terms, shard_eager.gradient, None),
 }
 if not ops.load_error:
-    registered["native"] = Parts(shard_native.sums, shard_native.terms, shard_native.gradient, ("cpu",))
+    registered["native"] = Parts(shard_native.sums, shard_native.terms, shard_native.gradient, ops.native_devices())
 
 
 def _rescaled(gradient: Tensor, upstream: Tensor, pending: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from typing import Any
 
 import linear_cases
 import torch
-from inputs import BF16, FP16, FP64, Case, Inputs, make_inputs
+from inputs import BF16, FP16, FP64, IGNORE, Case, Inputs, Outcome, make_inputs, reference_of, run_backend
 from reference import DIVERGENCES
+from tolerances import assert_close_to_reference
 from torch import Tensor
 
-from fastkd import VocabShard
+from fastkd import KDStats, VocabShard
 
 NAN = float("nan")
 
@@ -87,22 +88,51 @@ def make_problem(case: ShardCase, world: int) -> Problem:
     return Problem(inputs, keywords, upstream, shards(case.plan, case.inputs.vocab, world))
 
 
-def run_rank(case: ShardCase, rank: int, world: int) -> dict[str, Any]:
-    """Loss, gradient and statistics of a rank."""
+def run_rank(case: ShardCase, rank: int, world: int, device: str = "cpu") -> dict[str, Any]:
+    """Loss, gradient and statistics of a rank, brought to the CPU."""
     from fastkd import kd_loss
 
     problem = make_problem(case, world)
+    keywords = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in problem.keywords.items()}
     part = problem.parts[rank]
     padding = (rank + 1) % 3 if case.plan != "even" else 0
     if part[0] == part[1] and rank % 2:
         padding = 3
-    base = cut(problem.inputs.student, part, padding).requires_grad_()
-    student = (base * 1 if problem.keywords.get("inplace") else base)[..., :-2]
-    teacher = cut(problem.inputs.teacher, part, padding + rank)[..., :-2]  # with a padding of its own
-    result = kd_loss(student, teacher, vocab_shard=VocabShard(*part), **problem.keywords)
+    base = cut(problem.inputs.student, part, padding).to(device).requires_grad_()
+    student = (base * 1 if keywords.get("inplace") else base)[..., :-2]
+    teacher = cut(problem.inputs.teacher, part, padding + rank).to(device)[..., :-2]  # with a padding of its own
+    result = kd_loss(student, teacher, vocab_shard=VocabShard(*part), **keywords)
     loss, stats = result if isinstance(result, tuple) else (result, None)
-    (gradient,) = torch.autograd.grad(loss, base, problem.upstream)
-    return {"loss": loss.detach(), "gradient": gradient, "stats": None if stats is None else torch.stack(stats)}
+    upstream = None if problem.upstream is None else problem.upstream.to(device)
+    (gradient,) = torch.autograd.grad(loss, base, upstream)
+    found = {"loss": loss.detach(), "gradient": gradient, "stats": None if stats is None else torch.stack(stats)}
+    return {name: None if x is None else x.cpu() for name, x in found.items()}
+
+
+def bits_of(x: Tensor) -> Tensor:
+    return x.reshape(-1).view(torch.uint8)
+
+
+def assert_whole(case: ShardCase, ranks: list[dict[str, Any]]) -> None:
+    """What the ranks found is the loss of the whole vocabulary, in fp64: the same bits on every rank; padding, which is
+    NaN, is unread and has gradient 0."""
+    problem = make_problem(case, len(ranks))
+    for rank in ranks[1:]:
+        assert torch.equal(bits_of(rank["loss"]), bits_of(ranks[0]["loss"]))
+        assert ranks[0]["stats"] is None or torch.equal(bits_of(rank["stats"]), bits_of(ranks[0]["stats"]))
+    parts = []
+    for number, rank in sorted(enumerate(ranks), key=lambda pair: problem.parts[pair[0]]):
+        width = problem.parts[number][1] - problem.parts[number][0]
+        assert rank["gradient"].dtype == case.inputs.student_dtype
+        assert (rank["gradient"][..., width:] == 0).all(), f"padding of rank {number}"
+        parts.append(rank["gradient"][..., :width])
+    gradient = torch.cat(parts, -1)
+    assert (gradient[problem.keywords["labels"] == IGNORE] == 0).all()
+    stats = None if ranks[0]["stats"] is None else KDStats(*ranks[0]["stats"])
+    options = {k: v for k, v in problem.keywords.items() if k != "inplace"}
+    expected = reference_of(problem.inputs, options, problem.upstream)
+    eager = run_backend(problem.inputs, {**options, "backend": "eager"}, upstream=problem.upstream, in_fp32=True)
+    assert_close_to_reference(Outcome(ranks[0]["loss"], gradient, stats), expected, eager, roundings=2)
 
 
 EVERYTHING = {

@@ -16,21 +16,22 @@ import simt_build
 import torch
 from torch.library import Library
 
-from fastkd import ops, sparse_ops
+from fastkd import ops, shard_native, shard_ops, sparse_ops
 
 WORDS = ("forward", "forward_", "rescale", "rescale_")
+SHARD_WORDS = ("sums", "terms", "gradient", "gradient_")
 NAME = "simt_kernels"
 _entered: list[ModuleType] = []
 
 
 @functools.cache
 def _library() -> Library:
-    """The operators fastkd::simt_*, with the schemas of fastkd::kd_* and fastkd::sparse_*."""
+    """The operators fastkd::simt_*, with the schemas of fastkd::kd_*, fastkd::sparse_* and fastkd::shard_*."""
     library = Library("fastkd", "FRAGMENT")
     for word in WORDS:
         schema = str(getattr(torch.ops.fastkd, f"kd_{word}").default._schema)
         library.define("simt_" + schema.removeprefix("fastkd::kd_"))
-    for word in ("sparse_forward", "sparse_forward_"):
+    for word in ("sparse_forward", "sparse_forward_", *(f"shard_{word}" for word in SHARD_WORDS)):
         schema = str(getattr(torch.ops.fastkd, word).default._schema)
         library.define("simt_" + schema.removeprefix("fastkd::"))
     return library
@@ -49,6 +50,11 @@ def enter(binary: Path) -> ModuleType:
     module.announce()
     ops.register_backend("simt", "simt_")
     sparse_ops.register_backend("simt", "simt_sparse_forward", "simt_rescale")
+    parts = (
+        functools.partial(part, prefix="simt_")
+        for part in (shard_native.sums, shard_native.terms, shard_native.gradient)
+    )
+    shard_ops.registered["simt"] = shard_ops.Parts(*parts, ("cpu",))
     _entered.append(module)
     return module
 
@@ -66,7 +72,7 @@ def module() -> ModuleType:
 @contextmanager
 def native_on_simt(**configuration) -> Iterator[ModuleType]:
     """Within it, backend="native" runs the CUDA kernels on the machine; see ``configure`` in simt/kernels.cpp."""
-    built, tables = module(), (ops.registered, sparse_ops.registered)
+    built, tables = module(), (ops.registered, sparse_ops.registered, shard_ops.registered)
     own = [table["native"] for table in tables]
     built.configure(**configuration)
     for table in tables:

@@ -13,9 +13,11 @@ import os
 import sys
 from pathlib import Path
 
+import shard_cases
 import simt_backend
 import torch
 from inputs import BF16, FP32, Case, Inputs, make_inputs
+from shard_ranks import run_ranks
 from sparse_cases import SparseCase
 from test_loss import Problem
 from test_sparse import Problem as SparseProblem
@@ -33,19 +35,30 @@ def far_inputs(vocab: int) -> Inputs:
     return near._replace(student_base=base)
 
 
+def check_shards(case: Case, ranks: int) -> None:
+    """The ranks' parts of the vocabulary, with every option, against the reference."""
+    options = {"divergence": "jsd", **shard_cases.EVERYTHING}
+    sharded = shard_cases.ShardCase(case, options, backend="native")
+    parts = shard_cases.shards(sharded.plan, case.vocab, ranks)
+    shard_cases.assert_whole(sharded, run_ranks(lambda rank: shard_cases.run_rank(sharded, rank, ranks), parts))
+
+
 def wrong_with(seed: int, launch: dict, problem: dict, vocab: int) -> str:
     how = dict(problem)
     inplace, everything, far = how.pop("inplace", False), how.pop("everything", False), how.pop("far", False)
-    upstream, tail = how.pop("upstream", 1.0), how.pop("sparse", "")
+    upstream, tail, ranks = how.pop("upstream", 1.0), how.pop("sparse", ""), how.pop("ranks", 0)
+    lead = (how.pop("rows", 2),)
     dtype = FP32 if how.pop("fp32", False) else BF16
-    case = Case("mutant", lead=(2,), vocab=vocab, student_dtype=dtype, teacher_dtype=dtype, **how)
+    case = Case("mutant", lead=lead, vocab=vocab, student_dtype=dtype, teacher_dtype=dtype, **how)
     problem_of_case: Problem | SparseProblem = Problem(case, "jsd", everything)
     if tail:
         sparse = SparseCase(case, min(40, vocab // 2))
         problem_of_case = SparseProblem(sparse, tail, "forward_kl" if tail == "sampled" else "jsd", everything)
     with simt_backend.native_on_simt(**launch, seed=seed):
         try:
-            if far:
+            if ranks:
+                check_shards(case, ranks)
+            elif far:
                 inputs = far_inputs(vocab)
                 student = inputs.student_base
                 fastkd.kd_loss(student, inputs.teacher, divergence="jsd", backend="native")

@@ -14,6 +14,9 @@ import pytest
 import fastkd.ops
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "csrc"))
+import nvcc  # noqa: E402
+
 MAX_MESSAGE_LINES = 12
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 
@@ -74,6 +77,33 @@ def test_a_changed_header_rebuilds_what_includes_it(tree: Path) -> None:
     again = build(tree)
     assert again.returncode == 0, again.stderr
     assert [path.name for path in objects if path.stat().st_mtime_ns == before[path]] == []
+
+
+@pytest.mark.skipif(nvcc.find_toolkit() is None, reason="no CUDA toolkit")
+def test_a_changed_header_rebuilds_the_kernels_that_include_it(tmp_path: Path, monkeypatch) -> None:
+    """And no others; a header that is gone, too."""
+    monkeypatch.setenv("FASTKD_CUDA_ARCHS", "80")
+    monkeypatch.setattr(nvcc, "SOURCES", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("one.h").write_text("constexpr int one = 1;\n")
+    Path("with.cu").write_text('#include "one.h"\n__global__ void kernel(int* x) { *x = one; }\n')
+    Path("without.cu").write_text("__global__ void kernel(int* x) { *x = 1; }\n")
+    toolkit = nvcc.find_toolkit()
+    assert toolkit
+
+    def compiled() -> set[str]:
+        times = lambda: {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.o")}  # noqa: E731
+        before = times()
+        assert {Path(path).name for path in nvcc.compile_kernels(toolkit, Path("out"))} == {"with.o", "without.o"}
+        return {name for name, at in times().items() if before.get(name) != at}
+
+    assert compiled() == {"with.o", "without.o"}
+    assert compiled() == set()
+    Path("one.h").touch()
+    assert compiled() == {"with.o"}
+    Path("one.h").unlink()
+    with pytest.raises(SystemExit, match=r"with\.cu could not be compiled"):
+        compiled()
 
 
 def run_with_isa(isa: str) -> subprocess.CompletedProcess[str]:

@@ -9,10 +9,12 @@ import torch
 
 np = pytest.importorskip("numpy", reason="the reference is written in numpy")
 
+import shard_cases  # noqa: E402
 from cases import CASES  # noqa: E402
 from device_inputs import run_on  # noqa: E402
 from inputs import LAYOUTS  # noqa: E402
 from reference import DIVERGENCES  # noqa: E402
+from shard_ranks import run_ranks  # noqa: E402
 from test_loss import problem_of  # noqa: E402
 
 from fastkd import ops  # noqa: E402
@@ -68,3 +70,13 @@ def test_triton(chosen: tuple[int, str], device: torch.device) -> None:
         pytest.skip("Triton is not installed")
     problem = problem_of(*chosen, True)
     problem.check(run_on(problem, device, backend="triton"))
+
+
+SHARDED = [case for case in shard_cases.cases(4).values() if case.backend == "native"]
+
+
+@pytest.mark.parametrize("case", SHARDED, ids=lambda case: case.name)
+def test_native_shards(case: shard_cases.ShardCase, native_on: torch.device) -> None:
+    """Four ranks' columns, one after the other on one device."""
+    shards = shard_cases.shards(case.plan, case.inputs.vocab, 4)
+    shard_cases.assert_whole(case, run_ranks(lambda rank: shard_cases.run_rank(case, rank, 4, "cuda"), shards))

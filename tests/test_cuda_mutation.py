@@ -40,6 +40,8 @@ MERGE, RESIDENT, STREAM, VIEW = (f"cuda/{name}.cuh" for name in ("merge", "resid
 PREPARE, COLUMNS, SPARSE = (f"cuda/{name}.cuh" for name in ("sparse_prepare", "sparse_columns", "sparse"))
 BUCKET = {"sparse": "bucket", "everything": True}
 DRAWS = {"sparse": "sampled", "everything": True}
+GATHER, SHARD, ROW = "cuda/shard.cuh", "cuda/shard_sequence.h", "shard_params.h"
+RANKS = {"ranks": 2, "rows": 4, "regime": "ascending"}  # which have labels, one of them ignored
 
 MUTANTS = {
     "missing barrier": Mutant(
@@ -178,6 +180,49 @@ MUTANTS = {
     "sparse: a draw's weight is lost": Mutant(
         PREPARE, "j < entries && repeats(j); ++j)", "j < entries && repeats(j) && j < 0; ++j)", "numbers", BLOCK,
         problem=DRAWS, vocab=33,
+    ),
+    # columns of a process
+    "shard: every lane writes the sums": Mutant(
+        GATHER, "if (lane == 0) s.write_sums(", "s.write_sums(", "race", STREAMING, problem=RANKS, vocab=523,
+    ),
+    "shard: the last part is not gathered": Mutant(
+        GATHER, "merge_parts(call.pieces + n * call.splits, call.splits, lane,",
+        "merge_parts(call.pieces + n * call.splits, call.splits - 1, lane,", "numbers", STREAMING, problem=RANKS,
+        vocab=523,
+    ),
+    "shard: the sums of an ignored row are left": Mutant(
+        GATHER, "if (lane < (sums ? kFields : 2)) store(s.at(lane, n), 0.0f);", "", "unwritten", STREAMING,
+        problem=RANKS, vocab=523,
+    ),
+    "shard: rows that are none": Mutant(
+        GATHER, "  if (n >= s.params.rows) return;\n", "", "global-bounds", STREAMING, problem=RANKS, vocab=523,
+    ),
+    "shard: the workspace has a piece a row": Mutant(
+        SHARD, "s.step == ShardStep::sums ? parts : rows", "rows", "global-bounds", STREAMING, problem=RANKS, vocab=523,
+    ),
+    "shard: the row is read as if it had parts": Mutant(
+        SHARD, "  call.sums_of_row = 1;\n", "", "uninitialised|global-bounds|numbers", STREAMING, problem=RANKS,
+        vocab=523,
+    ),
+    "shard: smoothing over its own columns": Mutant(
+        SHARD, "  call.vocabulary = s.vocabulary;\n", "", "numbers", STREAMING, problem=RANKS, vocab=523,
+    ),
+    "shard: a label that another has": Mutant(
+        SHARD, "  call.owned = s.row(kOwned, 0);\n", "", "numbers", STREAMING, problem=RANKS, vocab=523,
+    ),
+    "shard: the row's scale is lost": Mutant(
+        SHARD, "  call.loss.token_weights = s.row(kScale, 0);", "", "numbers", STREAMING, problem=RANKS, vocab=523,
+    ),
+    "shard: the sum of dlogq in nats": Mutant(
+        ROW, "read(row(kDlogq, n)) * kLog2e", "read(row(kDlogq, n))", "numbers", STREAMING, problem=RANKS, vocab=523,
+    ),
+    "shard: tops by references": Mutant(
+        GATHER, "if (r.stats) piece.rebase(", "if (false) piece.rebase(", "numbers", STREAMING,
+        problem={**RANKS, "rows": 16, "regime": "ordinary"}, vocab=61,
+    ),
+    "shard: a column of its own for one of the vocabulary": Mutant(
+        ROW, "bits_of(piece.top_t.column + first_column)", "bits_of(piece.top_t.column)", "numbers", STREAMING,
+        problem={**RANKS, "regime": "identical"}, vocab=523,
     ),
 }  # fmt: skip
 

@@ -39,16 +39,16 @@ def expected_kernels() -> set[sass.Kernel]:
             names = ["warp_resident", "block_resident", "stream_sums", "stream_finish"]
             names += [] if divergence in KINDS[:2] else ["stream_terms"]
             found |= {sass.Kernel(name, divergence, rich) for name in names}
-    found.add(sass.Kernel("sparse_prepare", None, None))
+    found |= {sass.Kernel(name, None, None) for name in ("sparse_prepare", "shard_gather", "shard_spread")}
     names = ("sparse_resident", "sparse_sums", "sparse_finish")
     return found | {sass.Kernel(name, None, rich) for name in names for rich in (False, True)}
 
 
 # threads a block and blocks a multiprocessor that the registers must allow
 def occupancy(kernel: sass.Kernel, arch: str) -> tuple[int, int]:
-    if kernel.name == "sparse_prepare":
+    if kernel.name in ("sparse_prepare", "shard_gather"):
         return 32, 16
-    if kernel.name in ("sparse_sums", "sparse_finish"):
+    if kernel.name in ("sparse_sums", "sparse_finish", "shard_spread"):
         return 256, 2
     if kernel.name in ("block_resident", "sparse_resident"):
         if kernel.rich:

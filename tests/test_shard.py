@@ -17,11 +17,10 @@ import shard_cases
 import shard_dtensors
 import shard_linear_dtensors
 import torch
-from inputs import IGNORE, Outcome, reference_of, run_backend
+from inputs import Outcome, reference_of, run_backend
 from reference import DIVERGENCES
+from shard_cases import bits_of
 from tolerances import assert_close_to_reference
-
-import fastkd
 
 WORLDS = (2, 4)
 CASES = {(world, name): case for world in WORLDS for name, case in shard_cases.cases(world).items()}
@@ -52,33 +51,10 @@ def world(request) -> int:
     return request.param
 
 
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1).view(torch.uint8)
-
-
 @pytest.mark.parametrize("world,name", CASES, ids=[f"{world} {name}" for world, name in CASES])
 def test_is_the_loss_of_the_whole_vocabulary(world: int, name: str) -> None:
     """Against fp64; the same bits on every rank; padding, which is NaN, unread and with gradient 0."""
-    case, ranks = CASES[world, name], [result["cases"][name] for result in _results(world)]
-    problem = shard_cases.make_problem(case, world)
-    for rank in ranks[1:]:
-        assert torch.equal(_bits(rank["loss"]), _bits(ranks[0]["loss"]))
-        assert ranks[0]["stats"] is None or torch.equal(_bits(rank["stats"]), _bits(ranks[0]["stats"]))
-    parts = []
-    for number, rank in sorted(enumerate(ranks), key=lambda pair: problem.parts[pair[0]]):
-        width = problem.parts[number][1] - problem.parts[number][0]
-        assert rank["gradient"].dtype == case.inputs.student_dtype
-        assert (rank["gradient"][..., width:] == 0).all(), f"padding of rank {number}"
-        parts.append(rank["gradient"][..., :width])
-    gradient = torch.cat(parts, -1)
-    ignored = problem.keywords["labels"] == IGNORE
-    assert (gradient[ignored] == 0).all()
-    stats = None if ranks[0]["stats"] is None else fastkd.KDStats(*ranks[0]["stats"])
-    outcome = Outcome(ranks[0]["loss"], gradient, stats)
-    options = {k: v for k, v in problem.keywords.items() if k != "inplace"}
-    expected = reference_of(problem.inputs, options, problem.upstream)
-    eager = run_backend(problem.inputs, {**options, "backend": "eager"}, upstream=problem.upstream, in_fp32=True)
-    assert_close_to_reference(outcome, expected, eager, roundings=2)
+    shard_cases.assert_whole(CASES[world, name], [result["cases"][name] for result in _results(world)])
 
 
 @pytest.mark.parametrize("name", LINEAR_CASES)
@@ -87,8 +63,8 @@ def test_linear_is_the_loss_of_the_whole_heads(name: str, world: int) -> None:
     case, ranks = LINEAR_CASES[name], [result["cases"][f"linear {name}"] for result in _results(world)]
     problem = linear_cases.make_problem(case.inputs)
     for rank in ranks[1:]:
-        assert torch.equal(_bits(rank["loss"]), _bits(ranks[0]["loss"]))
-        assert torch.equal(_bits(rank["gradients"][0]), _bits(ranks[0]["gradients"][0]))
+        assert torch.equal(bits_of(rank["loss"]), bits_of(ranks[0]["loss"]))
+        assert torch.equal(bits_of(rank["gradients"][0]), bits_of(ranks[0]["gradients"][0]))
     parts = shard_cases.shards(case.plan, case.inputs.vocab, world)
     whole = [ranks[0]["gradients"][0]]
     for number in range(1, len(ranks[0]["gradients"])):

@@ -68,7 +68,7 @@ struct Cpu {
     });
   }
 
-  static void shard(const ShardCall& call) {
+  static void shard(const ShardCall& call, const Tensor&) {
     const char* isa_error = "";
     STD_TORCH_CHECK(selected_kernels(&isa_error), isa_error);
     run_shard_cpu(call, torch_threads());

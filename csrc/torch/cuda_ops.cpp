@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../kernels/cuda/launch.h"
+#include "shard_arguments.h"
 #include "sparse_arguments.h"
 
 // The one symbol of a CUDA build of torch that is needed. Weak: the extension also loads where torch has no CUDA.
@@ -56,6 +57,14 @@ struct Cuda {
     });
   }
 
+  static void shard(const ShardCall& call, const Tensor& student) {
+    const int32_t device = student.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const Plan plan = plan_shard(call.params, limits_of(device));
+    Tensor workspace = new_tensor(student, {shard_workspace_bytes(call, plan)}, ScalarType::Byte);
+    check(run_shard_cuda(call, workspace.mutable_data_ptr(), plan, current_stream(device)));
+  }
+
   static void rescale(Rows source, Rows target, const Tensor& gradient, const Tensor& upstream, const Tensor& pending) {
     const int32_t device = gradient.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
@@ -103,4 +112,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
   using Sparse = fastkd::SparseOperators<fastkd::Cuda>;
   m.impl("sparse_forward", TORCH_BOX(&Sparse::sparse_forward));
   m.impl("sparse_forward_", TORCH_BOX(&Sparse::sparse_forward_));
+  using Shard = fastkd::ShardOperators<fastkd::Cuda>;
+  m.impl("shard_sums", TORCH_BOX(&Shard::shard_sums));
+  m.impl("shard_terms", TORCH_BOX(&Shard::shard_terms));
+  m.impl("shard_gradient", TORCH_BOX(&Shard::shard_gradient));
+  m.impl("shard_gradient_", TORCH_BOX(&Shard::shard_gradient_));
 }

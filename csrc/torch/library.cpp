@@ -82,11 +82,11 @@ PyObject* cuda_plan(PyObject*, PyObject* arguments) {
   fastkd::Problem p;
   fastkd::GpuLimits gpu;
   long long rows = 0, columns = 0;
-  int student_bytes = 0, teacher_bytes = 0, mixed_kl = 0, with_gradient = 0, aligned = 0, sparse = 0;
+  int student_bytes = 0, teacher_bytes = 0, mixed_kl = 0, with_gradient = 0, aligned = 0, sparse = 0, shard = 0;
   const char* wanted = "";
-  if (!PyArg_ParseTuple(arguments, "LLiippppiiiiis", &rows, &columns, &student_bytes, &teacher_bytes, &mixed_kl,
-                        &with_gradient, &aligned, &sparse, &gpu.arch, &gpu.multiprocessors, &gpu.shared_per_block,
-                        &gpu.shared_per_multiprocessor, &gpu.largest_cluster, &wanted)) {
+  if (!PyArg_ParseTuple(arguments, "LLiipppppiiiiis", &rows, &columns, &student_bytes, &teacher_bytes, &mixed_kl,
+                        &with_gradient, &aligned, &sparse, &shard, &gpu.arch, &gpu.multiprocessors,
+                        &gpu.shared_per_block, &gpu.shared_per_multiprocessor, &gpu.largest_cluster, &wanted)) {
     return nullptr;
   }
   const auto dtype = [](int bytes) { return bytes == 4 ? DType::float32 : DType::bfloat16; };
@@ -98,6 +98,7 @@ PyObject* cuda_plan(PyObject*, PyObject* arguments) {
   p.with_gradient = with_gradient != 0;
   p.aligned = aligned != 0;
   p.sparse = sparse != 0;
+  p.shard = shard != 0;
   const fastkd::Plan plan = fastkd::plan_loss(p, gpu, fastkd::variant_of(wanted));
   std::string text = fastkd::name_of(plan.variant);
   for (const int64_t number :

@@ -17,8 +17,8 @@ struct ShardArguments {
   OptionalTensor rows;
 };
 
-// The operators of a device. Device brings  static void shard(const ShardCall&)  and may make fresh gradients in memory
-// of its own.
+// The operators of a device. Device brings  static void shard(const ShardCall&, const Tensor& student)  and may make
+// fresh gradients in memory of its own.
 template <class Device, Tensor (*kGradient)(LossParams&, const Tensor& student) = fresh_gradient>
 struct ShardOperators {
   // Everything but what is written; tensors of `a` and `kept` keep alive what the call points to.
@@ -56,7 +56,7 @@ struct ShardOperators {
     Tensor out = new_tensor(student, {kFields, call.params.rows}, ScalarType::Float);
     call.out = static_cast<float*>(out.mutable_data_ptr());
     if (with_stats) call.params.stats = call.out;  // asks for their sums; nothing is written through it
-    Device::shard(call);
+    Device::shard(call, student);
     return out;
   }
 
@@ -69,7 +69,7 @@ struct ShardOperators {
     ShardCall call = prepare(ShardStep::terms, student, teacher, a, kept);
     Tensor out = new_tensor(student, {2, call.params.rows}, ScalarType::Float);
     call.out = static_cast<float*>(out.mutable_data_ptr());
-    Device::shard(call);
+    Device::shard(call, student);
     return out;
   }
 
@@ -81,7 +81,7 @@ struct ShardOperators {
     RowTensors kept;
     ShardCall call = prepare(ShardStep::gradient, student, teacher, a, kept);
     Tensor gradient = kGradient(call.params, student);
-    Device::shard(call);
+    Device::shard(call, student);
     return gradient;
   }
 
@@ -95,7 +95,7 @@ struct ShardOperators {
                     "student_logits cannot be overwritten: its rows are not addressable by two strides");
     ShardCall call = prepare(ShardStep::gradient, student, teacher, a, kept);
     overwrite(call.params, student);
-    Device::shard(call);
+    Device::shard(call, student);
   }
 };
 

@@ -5,6 +5,7 @@
 
 #include "../../csrc/kernels/cuda/launch.h"
 #include "../../csrc/kernels/cuda/limits.h"
+#include "../../csrc/torch/shard_arguments.h"
 #include "../../csrc/torch/sparse_arguments.h"
 #include "binding.h"
 #include "driver/driver.h"
@@ -84,6 +85,23 @@ struct Simt {
       begin(staging);
       return run_sparse_cuda(call, teacher, settings.plan, nullptr);
     });
+  }
+
+  static void shard(ShardCall call, const Tensor&) {
+    LossParams& p = call.params;
+    Staging staging;
+    stage_rows(staging, p);
+    p.labels = staging.input("labels", p.labels, p.rows);
+    p.temperatures = staging.input("temperatures", p.temperatures, p.rows);
+    call.rows = staging.input("rows", call.rows, kRowFields * p.rows);
+    call.out = staging.output("sums", call.out, (call.step == ShardStep::sums ? kFields : 2) * p.rows);
+    if (p.stats) p.stats = call.out;  // a wish, no address
+    settings.plan = plan_shard(p, settings.limits);
+    if (settings.variant == "streaming") settings.plan = bend(settings.plan, p, problem_of(p, false));
+    void* const workspace = staging.workspace("workspace", shard_workspace_bytes(call, settings.plan));
+    begin(staging);
+    const char* error = run_shard_cuda(call, workspace, settings.plan, nullptr);
+    end(staging, error);
   }
 
   static void rescale(Rows source, Rows target, const Tensor& gradient, const Tensor& upstream, const Tensor& pending) {
@@ -219,6 +237,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   using Sparse = fastkd::SparseOperators<fastkd::Simt>;
   m.impl("simt_sparse_forward", TORCH_BOX(&Sparse::sparse_forward));
   m.impl("simt_sparse_forward_", TORCH_BOX(&Sparse::sparse_forward_));
+  using Shard = fastkd::ShardOperators<fastkd::Simt>;
+  m.impl("simt_shard_sums", TORCH_BOX(&Shard::shard_sums));
+  m.impl("simt_shard_terms", TORCH_BOX(&Shard::shard_terms));
+  m.impl("simt_shard_gradient", TORCH_BOX(&Shard::shard_gradient));
+  m.impl("simt_shard_gradient_", TORCH_BOX(&Shard::shard_gradient_));
 }
 
 PYBIND11_MODULE(simt_kernels, m) {

@@ -1,6 +1,7 @@
 // One call of the loss on the GPU, as its kernels see it: every pointer is device memory. Host and device; no CUDA.
 #pragma once
 
+#include "../shard_params.h"
 #include "../sparse_params.h"
 
 namespace fastkd {
@@ -28,9 +29,14 @@ struct CudaLoss {
 
   // streaming: a row is cut into `splits` parts, a block each
   int splits = 1;
-  Piece* pieces = nullptr;        // (N, splits)
-  TermSums* terms = nullptr;      // (N, splits), or null: a divergence of one sweep
+  int sums_of_row = 1;            // of pieces and terms: one a part, or one where the whole row's are known
+  Piece* pieces = nullptr;        // (N, sums_of_row)
+  TermSums* terms = nullptr;      // (N, sums_of_row) when read, or null: a divergence of one sweep
   float* label_logits = nullptr;  // (N): read before anything is overwritten
+
+  // other than the columns of `loss` where a process has a part of the vocabulary
+  int64_t vocabulary = 0;
+  const float* owned = nullptr;  // (N): 0 where the label is a column of another process; null: it never is
 
   float* total = nullptr;  // (1): the reduced loss, or null for Reduction::none
 };
@@ -55,6 +61,16 @@ struct CudaSparse {
   SparseEntry* entries = nullptr;  // (N, K)
   SparseHead* heads = nullptr;     // (N)
   StudentPiece* pieces = nullptr;  // streaming: (N, splits)
+};
+
+// Between the sweeps of a process's columns and what it exchanges with the others.
+struct CudaShard {
+  ShardCall shard;
+  int splits = 1;  // parts of a row of the sweep whose sums are gathered
+  CallScales* scales = nullptr;
+  Piece* pieces = nullptr;
+  TermSums* terms = nullptr;
+  float* label_logits = nullptr;  // (N)
 };
 
 // The scales of a call: the sum of the weights of the rows that count, or a given number of items.

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "shard_sequence.h"
 #include "sparse_sequence.h"
 
 namespace fastkd {
@@ -116,6 +117,14 @@ int64_t sparse_workspace_bytes(const CudaCall& call, const SparseTeacher& teache
 
 const char* run_sparse_cuda(const CudaCall& call, const SparseTeacher& teacher, const Plan& plan, void* stream) {
   return enqueue_sparse(call, teacher, plan, Launch{static_cast<cudaStream_t>(stream)});
+}
+
+int64_t shard_workspace_bytes(const ShardCall& call, const Plan& plan) {
+  return ShardWorkspace(nullptr, call, plan).space.bytes;
+}
+
+const char* run_shard_cuda(const ShardCall& call, void* workspace, const Plan& plan, void* stream) {
+  return enqueue_shard(call, workspace, plan, Launch{static_cast<cudaStream_t>(stream)});
 }
 
 const char* run_rescale_cuda(const RescaleParams& params, const float* pending, const GpuLimits& gpu, void* stream) {

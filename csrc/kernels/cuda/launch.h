@@ -25,6 +25,11 @@ Plan plan_sparse(LossParams params, const GpuLimits& gpu, std::optional<Variant>
 int64_t sparse_workspace_bytes(const CudaCall& call, const SparseTeacher& teacher, const Plan& plan);
 const char* run_sparse_cuda(const CudaCall& call, const SparseTeacher& teacher, const Plan& plan, void* stream);
 
+// The columns of one process: a step between two exchanges of its group.
+Plan plan_shard(const LossParams& params, const GpuLimits& gpu);
+int64_t shard_workspace_bytes(const ShardCall& call, const Plan& plan);
+const char* run_shard_cuda(const ShardCall& call, void* workspace, const Plan& plan, void* stream);
+
 // These enqueue on the stream and return what went wrong, or null.
 const char* run_loss_cuda(const CudaCall& call, const Plan& plan, void* stream);
 const char* run_rescale_cuda(const RescaleParams& params, const float* pending, const GpuLimits& gpu, void* stream);

@@ -101,15 +101,15 @@ FASTKD_DEVICE RowState state_of(const Piece& row) {
 
 // Loss and statistics of the row, written where `writes`; returns its coefficients.
 template <class K>
-FASTKD_DEVICE GradientCoefficients finish(const LossParams& p, const CallScales* scales, int64_t n,
-                                          const RowConstants& r, Piece row, const TermSums& terms, float label_logit,
-                                          bool writes) {
-  row.columns = static_cast<float>(p.columns);
+FASTKD_DEVICE GradientCoefficients finish(const CudaLoss& call, int64_t n, const RowConstants& r, Piece row,
+                                          const TermSums& terms, float label_logit, bool writes) {
+  const LossParams& p = call.loss;
+  row.columns = static_cast<float>(call.vocabulary);
   RowInputs in;
   in.needs_hard = r.needs_hard;
   in.label_logit = label_logit;
   in.token_weight = r.token_weight;
-  in.gradient_scale = load(&scales->gradient_scale);
+  in.gradient_scale = load(&call.scales->gradient_scale);
   in.wants_gradient = p.gradient.data != nullptr;
   const RowOutcome out = finish_row(r.options, r.softening, row, terms, in);
   if (writes) {

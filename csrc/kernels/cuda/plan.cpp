@@ -172,9 +172,16 @@ Plan plan_sparse(LossParams p, const GpuLimits& gpu, std::optional<Variant> want
   return plan_loss(problem_of(p, true), gpu, wanted == Variant::warp ? std::nullopt : wanted);
 }
 
+Plan plan_shard(const LossParams& p, const GpuLimits& gpu) {
+  Problem problem = problem_of(p, false);
+  problem.shard = true;
+  return plan_loss(problem, gpu);
+}
+
 Plan plan_loss(const Problem& p, const GpuLimits& gpu, std::optional<Variant> wanted) {
   Plan plan;
   plan.access = {p.aligned ? width_of(p.student, p.teacher) : kColumns, p.aligned};
+  if (p.shard) return plan_streaming(p, gpu, plan, "sums are exchanged between the sweeps of a row");
   if (!p.aligned)
     return plan_streaming(p, gpu, plan, "the tensors' rows begin at different places between two boundaries");
   if (wanted == Variant::streaming) return plan_streaming(p, gpu, plan, "asked for");

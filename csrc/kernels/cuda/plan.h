@@ -46,6 +46,7 @@ struct Problem {
   bool mixed_kl = true, with_gradient = true;
   bool aligned = true;  // rows of all tensors start at the same place between 16-byte boundaries
   bool sparse = false;  // the teacher names columns: no logits of it
+  bool shard = false;   // columns of one process: what it sweeps twice is exchanged between
 };
 
 // Of a call; sparse: its teacher is no logits, and params.teacher is the student again.

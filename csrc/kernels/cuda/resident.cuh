@@ -174,7 +174,7 @@ FASTKD_DEVICE void resident_row(const CudaLoss& call, int64_t n, const Team& tea
     terms = kWarpTeam ? merge_terms(terms) : merge_warps(terms, scratch->warp_terms, merge_terms);
     if (!kWarpTeam) terms = merge_cluster(terms, &scratch->terms, team, merge_terms);
   }
-  if (team.lane == 0) row.c = finish<K>(p, call.scales, n, r, piece, terms, label_logit, team.part == 0);
+  if (team.lane == 0) row.c = finish<K>(call, n, r, piece, terms, label_logit, team.part == 0);
   if (view.gradient) {
     row = broadcast<kWarpTeam>(row, &scratch->before_gradient, team);
     sweep_part(true, 0, chunks, [&](const Chunk& c, const Place& at) { sweep.gradient(c, at, row); });

@@ -86,7 +86,8 @@ inline CudaLoss loss_of(const CudaCall& c, const Plan& plan, float* row_loss, co
   call.team_bytes = plan.team_bytes;
   call.team_chunks = plan.team_chunks;
   call.bulk = plan.bulk;
-  call.splits = plan.splits;
+  call.splits = call.sums_of_row = plan.splits;
+  call.vocabulary = c.params.columns;
   call.total = c.reduction == Reduction::none ? nullptr : c.loss;
   return call;
 }

@@ -85,7 +85,7 @@ stream_terms(FASTKD_CONSTANT CudaLoss call) {
   auto* scratch = reinterpret_cast<TeamScratch<false>*>(shared_memory());
   RowState row{};
   if (team.lane < kWarp) {
-    row = state_of<K>(merge_parts(call.pieces + n * call.splits, call.splits, team.lane,
+    row = state_of<K>(merge_parts(call.pieces + n * call.sums_of_row, call.sums_of_row, team.lane,
                                   [&](const Piece& x) { return merge_lanes<K>(x, r); }));
   }
   row = broadcast<false>(row, &scratch->before_terms, team);
@@ -109,17 +109,18 @@ stream_finish(FASTKD_CONSTANT CudaLoss call) {
   const Sweep<K> sweep{view, r};
   RowState row{};
   if (team.lane < kWarp) {
-    const Piece piece = merge_parts(call.pieces + n * call.splits, call.splits, team.lane,
+    const Piece piece = merge_parts(call.pieces + n * call.sums_of_row, call.sums_of_row, team.lane,
                                     [&](const Piece& x) { return merge_lanes<K>(x, r); });
     TermSums terms;
     if (!K::kMixed) {
-      terms = merge_parts(call.terms + n * call.splits, call.splits, team.lane,
+      terms = merge_parts(call.terms + n * call.sums_of_row, call.sums_of_row, team.lane,
                           [](const TermSums& x) { return merge_lanes(x); });
     }
     if (team.lane == 0) {
       row = state_of<K>(piece);
       const float label_logit = r.needs_hard ? load(call.label_logits + n) : 0;
-      row.c = finish<K>(p, call.scales, n, r, piece, terms, label_logit, team.part == 0);
+      row.c = finish<K>(call, n, r, piece, terms, label_logit, team.part == 0);
+      if (call.owned) row.c.label *= load(call.owned + n);
     }
   }
   if (!wants_gradient) return;

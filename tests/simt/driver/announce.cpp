@@ -3,6 +3,7 @@
 #include <simt_bounds.h>
 
 #include "../../../csrc/kernels/cuda/batch.cuh"
+#include "../../../csrc/kernels/cuda/shard.cuh"
 #include "../../../csrc/kernels/cuda/sparse.cuh"
 #include "../../../csrc/kernels/cuda/table.h"
 #include "driver.h"
@@ -54,6 +55,8 @@ void announce_kernels() {
   announce_sparse<SparseKind<true>>("sparse.rich", sparse_kernels(true));
   driver.announce("scales", scales_kernel, BOUND_scales_kernel);
   driver.announce("total", total_kernel, BOUND_total_kernel);
+  driver.announce("shard.gather", shard_gather, BOUND_shard_gather);
+  driver.announce("shard.spread", shard_spread, BOUND_shard_spread);
   driver.announce("rescale", rescale_kernel, BOUND_rescale_kernel);
 }
 
