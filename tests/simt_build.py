@@ -50,10 +50,21 @@ def write_bounds(folder: Path, csrc: Path) -> None:
     (folder / "simt_bounds.h").write_text("".join(f"#define BOUND_{kernel} ({most})\n" for most, kernel in found))
 
 
+def is_made_of(made: Path, file: str) -> bool:
+    """Whether compile_kernels made the object of, among others, csrc/``file``."""
+    files = made.with_suffix(".d").read_text().split()
+    return any(Path(name).resolve() == CSRC / file for name in files)
+
+
 def compile_kernels(
-    folder: Path, csrc: Path = CSRC, kernels: Sequence[str] = KERNELS, flags: Sequence[str] = ("-O1",)
+    folder: Path,
+    csrc: Path = CSRC,
+    kernels: Sequence[str] = KERNELS,
+    flags: Sequence[str] = ("-O1",),
+    known: Sequence[Path] = (),
 ) -> list[Path]:
-    """What nvcc compiles, from any copy of csrc: these kernels and the host side."""
+    """What nvcc compiles, from any copy of csrc: these kernels and the host side. known: objects of these sources that
+    are taken as they are."""
     cuda = csrc / "kernels" / "cuda"
     if csrc != CSRC:  # what knows the kernels finds them beside it
         shutil.copytree(SIMT, csrc.parent / "tests" / "simt", dirs_exist_ok=True)
@@ -61,7 +72,9 @@ def compile_kernels(
     sources = [cuda / f"{name}.cu" for name in (*kernels, "launch")]
     sources += [cuda / "plan.cpp", driver / "announce.cpp", driver / "without.cpp"]
     write_bounds(folder, csrc)
-    return _compile(sources, folder, (*flags, f"-I{folder}", "-x", "c++"))
+    taken = {source.stem: path for path in known for source in sources if source.stem == path.stem}
+    rest = [source for source in sources if source.stem not in taken]
+    return [*taken.values(), *_compile(rest, folder, (*flags, "-MMD", f"-I{folder}", "-x", "c++"))]
 
 
 def compile_operators(folder: Path) -> list[Path]:

@@ -228,16 +228,19 @@ MUTANTS = {
 
 
 class Machine(NamedTuple):
-    """Where mutants are built and run: objects that none of them changes, and the process that forks for each."""
+    """Where mutants are built and run: objects that none of them changes, those of the sources as they are, and the
+    process that forks for each."""
 
     common: list[Path]
+    kernels: list[Path]
     runner: subprocess.Popen
 
-    def run(self, csrc: Path, folder: Path, ways: list) -> list[str]:
-        """What each way (launch, problem, vocabulary) and seed has to say about these sources."""
+    def run(self, csrc: Path, folder: Path, ways: list, changed: str = "") -> list[str]:
+        """What each way (launch, problem, vocabulary) and seed has to say about sources that differ in one file."""
         sparse = {"sparse" in problem for _, problem, _ in ways}
         kernels = [name for name, asked in (("sparse", True), ("jsd", False)) if asked in sparse]
-        objects = simt_build.compile_kernels(folder, csrc, kernels)
+        known = [path for path in self.kernels if not (changed and simt_build.is_made_of(path, changed))]
+        objects = simt_build.compile_kernels(folder, csrc, kernels, known=known)
         binary = simt_backend.link([*self.common, *objects], folder)
         job = {"module": str(binary), "seeds": SEEDS, "ways": ways}
         print(json.dumps(job), file=self.runner.stdin, flush=True)
@@ -254,9 +257,10 @@ class Machine(NamedTuple):
 def machine(tmp_path_factory: pytest.TempPathFactory, native: str) -> Iterator[Machine]:
     folder = tmp_path_factory.mktemp("common")
     objects = [*simt_build.compile_machine(folder), *simt_build.compile_operators(folder)]
+    kernels = simt_build.compile_kernels(folder / "kernels", kernels=("sparse", "jsd"))
     command = [sys.executable, str(Path(__file__).with_name("simt_mutant.py"))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as runner:
-        yield Machine(objects, runner)
+        yield Machine(objects, kernels, runner)
         runner.stdin.close()
 
 
@@ -270,12 +274,16 @@ def test_mutant_is_caught(name: str, machine: Machine, tmp_path: Path) -> None:
     assert text.count(mutant.old) == 1, f"{mutant.file} no longer has this once: {mutant.old}"
     path.write_text(text.replace(mutant.old, mutant.new))
     ways = [[mutant.launch, mutant.problem, mutant.vocab]]
-    for seed, wrong in zip(SEEDS, machine.run(csrc, tmp_path / "build", ways)):
+    for seed, wrong in zip(SEEDS, machine.run(csrc, tmp_path / "build", ways, f"kernels/{mutant.file}")):
         assert re.search(rf"\b({mutant.checks}): ", wrong), f"seed {seed}: {wrong or 'not caught'}"
 
 
 def test_without_a_mutant(machine: Machine, tmp_path: Path) -> None:
-    """The same problems pass on the sources as they are."""
+    """The same problems pass on the sources as they are, whose objects know what they are made of."""
+    made_of = {file: {path.stem for path in machine.kernels if simt_build.is_made_of(path, file)}
+               for file in ("core/row.h", "kernels/cuda/shard.cuh", "kernels/cuda/plan.cpp")}  # fmt: skip
+    assert made_of == {"core/row.h": {path.stem for path in machine.kernels}, "kernels/cuda/plan.cpp": {"plan"},
+                       "kernels/cuda/shard.cuh": {"launch", "announce"}}  # fmt: skip
     asked = {json.dumps([m.launch, m.problem, m.vocab], sort_keys=True) for m in MUTANTS.values()}
     ways = [json.loads(way) for way in sorted(asked)]
     assert machine.run(simt_build.CSRC, tmp_path, ways) == [""] * (len(ways) * len(SEEDS))
