@@ -11,6 +11,7 @@ def cuda_plan(
     with_gradient: bool,
     aligned: bool,
     sparse: bool,
+    shard: bool,
     arch: int,
     multiprocessors: int,
     shared_per_block: int,

@@ -17,7 +17,8 @@ from .options import Options
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 MIXED = ("forward_kl", "reverse_kl", "symmetric_kl")  # values from the first sweep alone
 
-# Sums over a piece, relative to its own largest logits; y_s, y_t: exponents (logit - largest) log2(e) / T.
+# Sums over a piece, relative to its own largest logits, or without statistics to what is not far below them; y_s, y_t:
+# exponents (logit - largest) log2(e) / T.
 FIELDS = (
     "largest_s",
     "largest_t",

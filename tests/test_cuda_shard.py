@@ -15,6 +15,7 @@ from shard_cases import EVERYTHING, HARD, ShardCase, bits_of
 from shard_ranks import run_ranks
 from test_cuda_kernels import LAUNCHES
 from test_cuda_launches import MIXED, edges_of, moved
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
 from fastkd import VocabShard, cuda, ops, shard_native, shard_ops
@@ -187,3 +188,17 @@ def test_plan_of_a_shard() -> None:
 def test_native_takes_shards_on_every_device_it_is_built_for() -> None:
     assert shard_ops.registered["native"].devices == ops.native_devices()
     assert f"vocab_shard: {', '.join(ops.native_devices())}" in fastkd.backends().reasons["native"]
+
+
+@pytest.mark.skipif("cuda" not in ops.native_devices(), reason="the extension has no CUDA kernels")
+def test_explain_of_a_shard_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of a device that is not here; the plan is that of the rank's columns, whatever padding is behind them."""
+    monkeypatch.setattr(cuda, "gpu_of", lambda _: cuda.GPUS["h100"])
+    with FakeTensorMode():
+        x = torch.empty(3, 32768, device="cuda", dtype=BF16)
+        answer = fastkd.explain(x, x, vocab_shard=VocabShard(0, 20000))
+        nothing = fastkd.explain(x, x, vocab_shard=VocabShard(7, 7))
+    assert answer.backend == nothing.backend == "native"
+    plan = cuda.plan_loss(3, 20000, cuda.GPUS["h100"], shard=True)
+    assert str(plan) in answer.reasons["native"] and plan.splits > 1
+    assert "no column" in nothing.reasons["native"]

@@ -23,7 +23,7 @@ FASTKD_KERNEL(kWarp, 16) shard_gather(FASTKD_CONSTANT CudaShard call) {
   const RowConstants r(p, n);
   if (sums) {
     Piece piece = merge_parts(call.pieces + n * call.splits, call.splits, lane,
-                                    [&](const Piece& x) { return merge_lanes<EverySum>(x, r); });
+                              [&](const Piece& x) { return merge_lanes<EverySum>(x, r); });
     // a reference may be short of the largest logit, by which processes find out whose top is the row's
     if (r.stats) piece.rebase(piece.top_s.logit, piece.top_t.logit, r.softening);
     const float label_logit = r.needs_hard ? load(call.label_logits + n) : 0;
