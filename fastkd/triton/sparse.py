@@ -4,7 +4,8 @@ the operators torch.ops.fastkd.triton_sparse_forward and its twin in place."""
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,24 @@ from ..checks import check_values_on_cpu
 from ..sparse_checks import check_teacher_values
 from ..sparse_eager import entries_of, mass_left
 from ..topk import TopKTeacher, mass_resolution
-from . import launch, sparse_kernels
+from . import launch, sparse_kernels, sparse_named, sparse_row
 from .launch import Call, Outputs, Rows, Scalars, rows_or_copy, view_as_rows
 from .ops import DEVICES, _check, _per_row
+from .sparse_plan import (
+    FINISH_REGISTERS,
+    ODD_VECTOR,
+    ROW_REGISTERS,
+    SPLIT_REGISTERS,
+    WARP_ENTRIES,
+    base_of,
+    cache_of,
+    plan_of,
+    unit_of,
+)
 
 LOG2E = 1.4426950408889634
 NO_COLUMN = 2**31 - 1
-MAX_ENTRIES, LEAST_ENTRIES = 128, 32  # of K at a time, by one warp: nothing goes from warp to warp
+OPTIONS = ("beta", "beta_rest", "by_t2", "kd_weight", "ce_weight", "label_smoothing", "z_loss")
 
 _ARGUMENTS = (
     "Tensor ids, Tensor logprobs, Tensor? weights, Tensor? labels, Tensor? token_weights, Tensor? temperatures, "
@@ -100,41 +112,102 @@ def _offsets(ids: Tensor, blocks: int, columns: int) -> Tensor:
     return torch.searchsorted(ids, starts, out_int32=True)
 
 
-def _rows_of(call: Call, teacher: TopKTeacher, row_loss: Tensor, stats: Tensor | None, scales: Tensor) -> None:
-    """The sweeps and what stands between them."""
-    student, o, k = call.student.data, call.numbers, teacher.k
-    valid = torch.ones(call.rows, dtype=torch.bool, device=student.device)
-    if call.labels is not None:
-        valid = call.labels != call.ignore_index
-    temperature = o.temperature if call.temperatures is None else call.temperatures
-    entries = prepare(teacher, call.columns, valid, temperature)
-    block = launch.SWEEP_BLOCKS[student.element_size()]
-    row_blocks = -(-call.columns // block.columns)
-    offsets = _offsets(entries.ids, row_blocks, block.columns)
-    split = launch.split_rows(call.rows, call.columns, block, launch.processors_of(student.device))
-    shape = launch.shape_of(block, student.device, busy=call.capped or call.with_stats)
-    new = functools.partial(student.new_empty, dtype=torch.float32)
-    pieces = new((call.rows, split.splits, sparse_kernels.PIECE.value))
-    softening, flags = (o.temperature, o.student_softcap), {"HARD": call.needs_hard, "CAPPED": o.student_softcap != 0}
-    sparse_kernels.sparse_sums_kernel[(call.rows * split.splits,)](
-        *call.student, call.columns, entries.ids, offsets, pieces, call.labels, call.temperatures, call.ignore_index, k,
-        *split, row_blocks, *softening, STATS=call.with_stats, **flags, **shape,
-    )  # fmt: skip
-    named = new((call.rows, k)) if call.gradient is not None else None
-    states = new((call.rows, sparse_kernels.STATE.value))
-    at_a_time = min(MAX_ENTRIES, max(LEAST_ENTRIES, 1 << (k - 1).bit_length()))
-    sparse_kernels.sparse_finish_kernel[(call.rows,)](
-        *call.student, call.columns, *entries, pieces, named, states, scales, row_loss, stats, call.labels,
-        call.weights, call.temperatures, call.rows, call.ignore_index, k, split.splits, *softening,
-        mass_resolution(teacher.logprobs.dtype), *launch._options_of(call), DIVERGENCE=call.divergence,
-        SAMPLED=teacher.tail == "sampled", BUCKET=teacher.tail == "bucket", ENTRIES=at_a_time,
-        **launch._compiled_for(32, launch.BUSY_REGISTERS, student.device), **flags,
-    )  # fmt: skip
-    if call.gradient is not None:
-        sparse_kernels.sparse_gradient_kernel[(call.rows * split.splits,)](
-            *call.student, *call.gradient, call.columns, entries.ids, offsets, named, states, call.labels,
-            call.temperatures, call.rows, call.ignore_index, k, *split, row_blocks, *softening, **flags, **shape,
+class _Launches:
+    """What the kernels of one call are given, under the names of their parameters."""
+
+    def __init__(self, call: Call, teacher: TopKTeacher, row_loss: Tensor, stats: Tensor | None, scales: Tensor):
+        self.call, self.device = call, call.student.data.device
+        self.new = functools.partial(row_loss.new_empty, dtype=torch.float32)
+        unit = unit_of(call.student, call.gradient, call.columns)
+        plan = plan_of(
+            call.rows, call.columns, call.student.data.element_size(), unit if unit > 1 else ODD_VECTOR,
+            call.gradient is not None, (launch.processors_of(self.device), cache_of(self.device)),
         )  # fmt: skip
+        self.plan, self.row_blocks = plan, -(-call.columns // plan.block.columns)
+        o, (beta, beta_rest, *rest_of_options) = call.numbers, launch._options_of(call)
+        valid = torch.ones(call.rows, dtype=torch.bool, device=self.device)
+        if call.labels is not None:
+            valid = call.labels != call.ignore_index
+        temperature = o.temperature if call.temperatures is None else call.temperatures
+        entries = prepare(teacher, call.columns, valid, temperature)
+        resolution = mass_resolution(teacher.logprobs.dtype)
+        lowest = math.log2(resolution) if teacher.tail == "bucket" else float("-inf")
+        gradient = call.gradient or call.student
+        beta, beta_rest = {"forward_kl": (1.0, 0.0), "reverse_kl": (0.0, 1.0)}.get(call.divergence, (beta, beta_rest))
+        self.arguments = {
+            **_rows_in_units("student", "s", call.student, unit), **_rows_in_units("gradient", "d", gradient, unit),
+            "width": call.columns // unit, "ids": entries.ids, "log2_ps": entries.log2_p, "draws": entries.weights,
+            "rest_of": entries.rest, "offsets": _offsets(entries.ids, self.row_blocks, plan.block.columns),
+            "named": scales if call.gradient is None else self.new((call.rows, teacher.k)), "scales": scales,
+            "row_loss": row_loss, "stats": row_loss if stats is None else stats,
+            "labels": scales.view(torch.int64) if call.labels is None else call.labels,
+            "weights": scales if call.weights is None else call.weights,
+            "temperatures": scales if call.temperatures is None else call.temperatures,
+            "rows": call.rows, "ignore_index": call.ignore_index, "k": teacher.k, "row_blocks": self.row_blocks,
+            "flags": _flags_of(call), "kind": _kind_of(call, teacher), "temperature": o.temperature,
+            "softcap": o.student_softcap, "lowest": lowest, "resolution": resolution,
+            **dict(zip(OPTIONS, (beta, beta_rest, *rest_of_options))), "UNIT": unit,
+        }  # fmt: skip
+
+    def run(self, kernel: Any, programs: int, threads: int, registers: int, **more: Any) -> None:
+        given = {**self.arguments, **more}
+        compiled_for = launch._compiled_for(threads, registers, self.device)
+        kernel[(programs,)](**{name: given[name] for name in kernel.arg_names}, **compiled_for)
+
+    def whole_rows(self) -> None:
+        block = self.plan.block
+        self.run(
+            sparse_kernels.sparse_row_kernel, self.plan.programs, block.threads, ROW_REGISTERS, LANES=block.lanes,
+            VECTOR=block.vector, RESIDENT=self.plan.resident, ENTRIES=block.threads,
+        )  # fmt: skip
+
+    def split_rows(self) -> None:
+        call, block, split = self.call, self.plan.block, self.plan.split
+        parts = {
+            "pieces": self.new((call.rows, split.splits, sparse_kernels.PIECE.value)), "splits": split.splits,
+            "blocks": split.blocks, "states": self.new((call.rows, sparse_kernels.STATE.value)),
+        }  # fmt: skip
+        sweep = {"LANES": block.lanes, "VECTOR": block.vector, **parts}
+        programs = call.rows * split.splits
+        self.run(sparse_kernels.sparse_sums_kernel, programs, block.threads, SPLIT_REGISTERS, **sweep)
+        self.run(sparse_kernels.sparse_finish_kernel, call.rows, 32, FINISH_REGISTERS, ENTRIES=WARP_ENTRIES, **parts,
+                 **_rows_in_units("student", "s", call.student, 1), width=call.columns)  # fmt: skip
+        if call.gradient is not None:
+            self.run(sparse_kernels.sparse_gradient_kernel, programs, block.threads, SPLIT_REGISTERS,
+                     ENTRIES=block.threads, **sweep)  # fmt: skip
+
+
+def _rows_in_units(name: str, letter: str, rows: Rows, unit: int) -> dict[str, Any]:
+    base, start = base_of(rows)
+    return {
+        name: base, f"{letter}_start": start, f"{letter}_inner": rows.inner,
+        f"{letter}_outer": rows.outer_stride // unit, f"{letter}_stride": rows.inner_stride // unit,
+    }  # fmt: skip
+
+
+def _flags_of(call: Call) -> int:
+    has = {
+        sparse_named.LABELS: call.labels is not None, sparse_named.WEIGHTS: call.weights is not None,
+        sparse_named.TEMPERATURES: call.temperatures is not None, sparse_named.STATS: call.with_stats,
+        sparse_named.GRADIENT: call.gradient is not None, sparse_named.HARD: call.needs_hard,
+    }  # fmt: skip
+    return sum(flag.value for flag, there in has.items() if there)
+
+
+def _kind_of(call: Call, teacher: TopKTeacher) -> int:
+    kinds = {
+        "jsd": sparse_row.JSD, "total_variation": sparse_row.TOTAL_VARIATION,
+        "skew_forward_kl": sparse_row.SKEW_FORWARD, "skew_reverse_kl": sparse_row.SKEW_REVERSE,
+    }  # fmt: skip
+    return (sparse_row.SAMPLED if teacher.tail == "sampled" else kinds.get(call.divergence, sparse_row.KL)).value
+
+
+def _rows_of(call: Call, teacher: TopKTeacher, row_loss: Tensor, stats: Tensor | None, scales: Tensor) -> None:
+    launches = _Launches(call, teacher, row_loss, stats, scales)
+    if launches.plan.programs:
+        launches.whole_rows()
+    else:
+        launches.split_rows()
 
 
 def run_sparse(call: Call, teacher: TopKTeacher) -> Outputs:
