@@ -7,13 +7,10 @@ from triton_process import Run, check_passes, needs_triton
 
 PLUGIN = ("-p", "triton_plugin")
 RUNS = {
-    "interpreted": Run((*PLUGIN, "triton_sparse.py"), 85),
-    "interpreted, small blocks": Run(
-        (*PLUGIN, "--small-blocks", "triton_sparse.py", "-k", "option or moved or wrong"), 6
-    ),
-    "compiled": Run(("-p", "triton_driver", "-W", "error::UserWarning", "triton_sparse_compiled.py"), 12,
-                    "sm_80,sm_90,sm_100,gfx942"),
-}  # fmt: skip
+    "interpreted": Run((*PLUGIN, "triton_sparse.py"), 130),
+    "planted bugs": Run((*PLUGIN, "triton_sparse_mutants.py"), 40),
+    "compiled": Run(("-p", "triton_driver", "-W", "error::UserWarning", "triton_sparse_compiled.py"), 30),
+}
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ MUTANTS = {
 
 _V = 2 * 512 + 9  # three blocks, the last of them nearly empty
 PROBLEMS = [
-    ("whole", Case("tail", lead=(2,), vocab=_V, regime="late_top", temperature=3.0), 140, "bucket", "jsd"),
+    ("whole", Case("tail", lead=(2,), vocab=_V, regime="late_top", temperature=3.0), 40, "bucket", "jsd"),
     ("split", Case("two strides", lead=(2, 2), vocab=_V, layout="shifted", options={"student_softcap": 4.0}), 140,
      "bucket", "symmetric_kl"),
     ("as shipped", Case("masks", lead=(3,), vocab=200, regime="masked_both"), 190, "sampled", "forward_kl"),
@@ -121,6 +121,7 @@ PROBLEMS = [
      "skew_forward_kl"),
     ("whole", Case("16 bytes", lead=(3,), vocab=_V - 1, regime="ascending"), 30, "bucket", "forward_kl"),
     ("as shipped", Case("all named", lead=(8,), vocab=40, temperature=1.0), 40, "bucket", "symmetric_kl"),
+    ("as shipped", Case("ties", lead=(2,), vocab=40, regime="flat"), 40, "bucket", "reverse_kl"),
 ]  # fmt: skip
 
 

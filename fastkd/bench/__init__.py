@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"T = {arguments.temperature:g}, KD + CE, logits in, loss and gradient out. Cold: {flush_bytes() >> 20} MiB "
         "touched before each run. A fresh gradient takes the memory that lingers of the one before; fastkd-first pays "
         "its page faults, like all that naive allocates; naive-warm keeps its memory from run to run. "
-        "GB/s: of 3 N·V, the least for loss and gradient (2 for copy and value)."
+        "GB/s: of what must move at least: 3 N·V for loss and gradient, 2 for copy and value; with a sparse teacher "
+        "2 and 1."
     )
     for table in [*all_tables(results), *(table for preset in EXTRA.values() for table in preset.all_tables(results))]:
         out.print(table)

@@ -287,7 +287,9 @@ def sparse_row_kernel(
             row_offsets = offsets + n.to(tl.int64) * (row_blocks + 1)
             if RESIDENT:
                 columns = columns_of(0, LANES, VECTOR)
-                x = tl.load(row.row + columns, mask=columns < row.width, other=float("-inf"))
+                x = tl.load(
+                    row.row + columns, mask=columns < row.width, other=float("-inf"), eviction_policy="evict_first"
+                )
                 s = capped(x, softcap)
                 rest = without_named(s, columns, entries.ids, 0, tl.load(row_offsets + 1), 0)
                 p = with_student_block(
