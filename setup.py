@@ -42,7 +42,7 @@ except ImportError as error:
     raise SystemExit(NO_TORCH.format(error=error)) from None
 
 CPU = Path("csrc/kernels/cpu")
-HOST = ("gradient_memory", "launch", "shard_launch", "sparse_launch", "select")
+HOST = ("lingering_memory", "launch", "products_launch", "shard_launch", "sparse_launch", "select")
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter", "-g0"]
 FLAGS += [f"-ffile-prefix-map={Path.cwd()}/="]  # error messages name csrc/..., not the build machine's folders
 ISA_FLAGS = {"baseline": []}

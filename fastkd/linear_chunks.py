@@ -14,31 +14,35 @@ from torch import Tensor
 
 from . import ops, shard_ops, sparse_ops
 from .linear_rows import Selection, select_rows
-from .products import WeightGradient, hidden_gradient, logits_dtype_for, project
+from .products import WeightGradient, buffer, hidden_gradient, logits_dtype_for, project
 from .stats import KDStats
 
-DEFAULT_BUDGET = 256_000_000  # bytes
 USUAL_ROWS = 512  # rows below which the matrix products of a chunk are slower
+USUAL_LIMIT = 256 << 20  # bytes that the logits of as many may take if no budget is given
+DEFAULT_BUDGET = 224_000_000  # bytes; with what fp32 products take beside it 256 MB
 NAIVE_SHARE = 0.36  # of one N x V tensor of logits: 5 % of what all logits and their softmaxes take
 
 
 def default_budget(rows: int, vocab: int, dtypes: tuple[torch.dtype, ...], accumulator: int) -> int:
     """Bytes for the logits of a chunk where no budget is given: a small share of all logits, less the ``accumulator``
-    bytes that the sum of a 16-bit weight's gradients takes beside it; USUAL_ROWS at least, DEFAULT_BUDGET at most."""
-    row = vocab * sum(dtype.itemsize for dtype in dtypes)
+    bytes that the sum of a 16-bit weight's gradients takes beside it; USUAL_ROWS at least, DEFAULT_BUDGET at most.
+    Where USUAL_ROWS take more than USUAL_LIMIT, DEFAULT_BUDGET."""
+    usual = USUAL_ROWS * vocab * sum(dtype.itemsize for dtype in dtypes)
+    if usual > USUAL_LIMIT:
+        return DEFAULT_BUDGET
     share = int(NAIVE_SHARE * rows * vocab * dtypes[0].itemsize) - accumulator
-    return min(DEFAULT_BUDGET, max(USUAL_ROWS * row, share))
+    return max(usual, min(DEFAULT_BUDGET, share))
 
 
 def chunk_rows(rows: int, vocab: int, dtypes: tuple[torch.dtype, ...], budget: int) -> int:
     """Rows of a chunk: as many as the logits of both models (``dtypes``) of ``vocab`` columns fit into ``budget``
-    bytes, evened out over the chunks, in multiples of 16 where there are that many; at least 1."""
+    bytes; if there are several, evened out over the chunks in multiples of 512, 16 or 1 rows; at least 1."""
     most = max(1, budget // (vocab * sum(dtype.itemsize for dtype in dtypes)))
     if rows <= most:
         return max(1, rows)
-    most = most // 16 * 16 or most
-    even = -(-rows // -(-rows // most))
-    return min(most, -(-even // 16) * 16)
+    unit = next(unit for unit in (USUAL_ROWS, 16, 1) if unit <= most)
+    even = -(-rows // -(-rows // (most // unit * unit)))
+    return -(-even // unit) * unit
 
 
 class Model(NamedTuple):
@@ -51,9 +55,11 @@ class Model(NamedTuple):
     dtype: torch.dtype  # of the operands
     logits_dtype: torch.dtype
 
-    def buffer(self, rows: int) -> Tensor | None:
+    def buffer(self, rows: int, capacity: int = 0, teacher: bool = False) -> Tensor | None:
         """(rows, V) for the logits of a chunk; None where they are given."""
-        return None if self.weight is None else self.weight.new_empty(rows, self.vocab, dtype=self.logits_dtype)
+        if self.weight is None:
+            return None
+        return buffer((rows, self.vocab), self.logits_dtype, self.weight.device, capacity, teacher)
 
     def logits_of(self, hidden: Tensor, buffer: Tensor) -> Tensor:
         """(R, V) in the buffer, of hidden (R, H) in the operands' dtype."""
@@ -184,23 +190,25 @@ class Gradients:
         self.bias = torch.zeros_like(bias, dtype=call.loss_dtype) if wanted[2] and bias is not None else None
         self.bias_dtype = None if bias is None else kept_dtype(bias)
 
-    def add(self, gradient: Tensor, hidden: Tensor, weight: Tensor, selection: Selection, rows: slice) -> None:
-        """gradient: (R, V') of a chunk's logits; hidden: its (R, H); weight: (V', H)."""
+    def add(
+        self, gradient: Tensor, hidden: Tensor, weight: Tensor, selection: Selection, rows: slice, free: Tensor | None
+    ) -> None:
+        """gradient: (R, V') of a chunk's logits; hidden: its (R, H); weight: (V', H); free: memory for products."""
         if self.hidden is not None:
-            selection.put(self.hidden, rows, hidden_gradient(gradient, weight))
+            selection.put(self.hidden, rows, hidden_gradient(gradient, weight, free))
         if self.weight is not None:
-            self.weight.add(gradient, hidden)
+            self.weight.add(gradient, hidden, free)
         if self.bias is not None:
             self.bias[: gradient.shape[1]] += gradient.sum(0, dtype=self.bias.dtype)
 
-    def results(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As the operator returns them: (0) where not wanted."""
+    def results(self, like: Tensor, in_buffer: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """As the operator returns them: (0) where not wanted. in_buffer: as for WeightGradient.result."""
         empty = like.new_empty
         if self.group and self.hidden is not None:
             shard_ops.add_up(self.group, self.hidden)
         return (
             empty(0) if self.hidden is None else self.hidden.to(self.hidden_dtype),
-            empty(0) if self.weight is None else self.weight.result(),
+            empty(0) if self.weight is None else self.weight.result(in_buffer),
             empty(0) if self.bias is None else self.bias.to(self.bias_dtype),
         )
 
@@ -236,7 +244,10 @@ class _Chunks:
         stats = new((5, rows) if call.with_stats else (0,), dtype=torch.float32)
         chunks = -(-self.selection.count // self.step)
         sums = Gradients(call, self.selection, self.student.logits_dtype, chunks)
-        student_buffer, teacher_buffer = self.student.buffer(self.step), self.teacher.buffer(self.step)
+        rounded = 0 if sums.weight is None else sums.weight.rounded_bytes
+        in_buffer = rounded >= self.step * self.student.vocab * self.student.logits_dtype.itemsize
+        student_buffer = self.student.buffer(self.step, rounded if in_buffer else 0)
+        teacher_buffer = self.teacher.buffer(self.step, teacher=True)
         for start in range(0, self.selection.count, self.step):
             chunk = slice(start, min(start + self.step, self.selection.count))
             value, part = self._one(chunk, student_buffer, teacher_buffer, sums)
@@ -248,7 +259,7 @@ class _Chunks:
                 self.selection.put(stats, chunk, part, dim=1)
         del student_buffer, teacher_buffer  # before a 16-bit weight's gradient is rounded into a tensor of its own
         pending = 1 / self.denominator if call.of_the_sum else torch.ones_like(self.denominator)
-        return loss * pending, *sums.results(call.student_hidden), pending, stats
+        return loss * pending, *sums.results(call.student_hidden, in_buffer), pending, stats
 
     def _one(self, chunk: slice, student_buffer, teacher_buffer, sums: Gradients) -> tuple[Tensor, Tensor]:
         """Value and stats of a chunk; its gradients go into ``sums``."""
@@ -269,7 +280,8 @@ class _Chunks:
             return value, part
         value, _, part = self.operators.forward_(logits, *arguments)
         assert self.student.weight is not None
-        sums.add(logits, hidden, self.student.weight, self.selection, chunk)
+        # the teacher's logits of the chunk are of no more use
+        sums.add(logits, hidden, self.student.weight, self.selection, chunk, teacher_buffer)
         return value, part
 
     def _teacher(self, chunk: slice, buffer) -> tuple[Tensor | None, ...]:

@@ -73,7 +73,7 @@ registered: dict[str, Operators] = {}  # backend -> its operators
 
 
 def release_lingering_memory() -> int:
-    """Give the memory of a freed gradient, which lingers for the next call, back to the system; its bytes."""
+    """Give freed memory that lingers for the next call (gradients, logits of a chunk) back to the system; its bytes."""
     return 0 if load_error else _C.release_lingering_memory()
 
 

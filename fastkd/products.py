@@ -14,8 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import ops
+
 CPU_PIECE, PIECE = 2048, 16384  # columns of the vocabulary
-TURNED_PIECE = 256  # columns that are rounded and transposed at a time
+TURNED_PAD = 16  # floats after a row of a turned part: at a stride of 64 KiB its columns would meet in one cache set
 OWN_MAPPING = 32 << 20  # bytes from which glibc gives a block its own mapping, and its memory back when it is freed
 
 
@@ -57,24 +59,70 @@ def project(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None)
             out.add_(bias[piece])
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _product(left: Tensor, right: Tensor, free: Tensor | None) -> Tensor:
+    """left @ right, in the memory of ``free`` where that is contiguous, of their dtype and large enough."""
+    rows, columns = left.shape[0], right.shape[1]
+    if free is None or free.dtype != left.dtype or not free.is_contiguous() or free.numel() < rows * columns:
+        return torch.mm(left, right)
+    return torch.mm(left, right, out=free.view(-1)[: rows * columns].view(rows, columns))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, free: Tensor | None) -> None:
     """total (fp32) += left @ right."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif _writes_fp32(total.device):
         total.add_(torch.mm(left, right, out_dtype=total.dtype))
     else:
-        total.add_(torch.mm(left, right))
+        _add(total, _product(left, right, free))
 
 
-def _put_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+if not ops.load_error:
+    for _name in ("linear_add_", "linear_turn_"):
+        torch.library.register_fake(f"fastkd::{_name}", lambda _changed, _given: None)
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the extension can serve what stands between the products."""
+    return device.type == "cpu" and not (ops.load_error or ops.isa_error)
+
+
+def buffer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, capacity: int, teacher: bool) -> Tensor:
+    """Uninitialised; on the CPU in memory of at least ``capacity`` bytes that lingers for the next call."""
+    if not _has_kernels(device) or dtype == torch.float64:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.ops.fastkd.linear_memory(torch.empty(0, dtype=dtype), *shape, capacity, teacher)
+
+
+def _by_kernels(x: Tensor) -> bool:
+    """Whether the extension adds to x and turns it."""
+    return x.dtype == torch.float32 and _has_kernels(x.device)
+
+
+def _add(total: Tensor, product: Tensor) -> None:
+    """total (R, C) fp32 += product (R, C) of 16 bits, which torch would first widen into memory: twice the time."""
+    if _by_kernels(total) and product.dtype == torch.bfloat16:
+        torch.ops.fastkd.linear_add_(total, product)
+    else:
+        total.add_(product)
+
+
+def _turn(result: Tensor, part: Tensor) -> None:
+    """result (V, H) <- part (H, V).T, rounded."""
+    if _by_kernels(part):
+        torch.ops.fastkd.linear_turn_(result, part)
+    else:
+        result.copy_(part.t())
+
+
+def _put_product(out: Tensor, left: Tensor, right: Tensor, free: Tensor | None) -> None:
     """out <- left @ right."""
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
     elif _writes_fp32(out.device) and out.dtype == torch.float32:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
-        out.copy_(torch.mm(left, right))
+        out.copy_(_product(left, right, free))
 
 
 def _operands(gradient: Tensor, other: torch.dtype) -> torch.dtype:
@@ -85,13 +133,13 @@ def _operands(gradient: Tensor, other: torch.dtype) -> torch.dtype:
     return torch.float32 if gradient.dtype == torch.float16 else gradient.dtype
 
 
-def hidden_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """gradient @ weight as fp32 (R, H), fp64 where the gradient is; gradient: (R, V)."""
+def hidden_gradient(gradient: Tensor, weight: Tensor, free: Tensor | None = None) -> Tensor:
+    """gradient @ weight as fp32 (R, H), fp64 where the gradient is; gradient: (R, V); free: memory for products."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     total = gradient.new_zeros(gradient.shape[0], weight.shape[1], dtype=dtype)
     dtype = _operands(gradient, weight.dtype)
     for piece in pieces(weight.shape[0], weight.device):
-        _add_product(total, gradient[:, piece].to(dtype), weight[piece].to(dtype))
+        _add_product(total, gradient[:, piece].to(dtype), weight[piece].to(dtype), free)
     return total
 
 
@@ -119,8 +167,8 @@ class WeightGradient:
         if self.turned or self.dtype != result_dtype:
             self.part_rows = -(-OWN_MAPPING // (4 * width * unit)) * unit
 
-    def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        """gradient (R, V'), hidden (R, H); V' <= V: the rows of the weight beyond it get 0."""
+    def add(self, gradient: Tensor, hidden: Tensor, free: Tensor | None = None) -> None:
+        """gradient (R, V'), hidden (R, H); V' <= V: the rows of the weight beyond it get 0. free: as above."""
         dtype = _operands(gradient, hidden.dtype)
         hidden = hidden.to(dtype)
         if self.turned:
@@ -131,9 +179,9 @@ class WeightGradient:
             columns = gradient[:, number * self.part_rows : (number + 1) * self.part_rows]
             for piece in pieces(columns.shape[1], self.device):
                 if self.turned:
-                    product(part[:, piece], hidden, columns[:, piece])
+                    product(part[:, piece], hidden, columns[:, piece], free)
                 else:
-                    product(part[piece], columns[:, piece].to(dtype).t(), hidden)
+                    product(part[piece], columns[:, piece].to(dtype).t(), hidden, free)
         self.parts = parts
 
     def _new_parts(self, columns: int) -> list[Tensor]:
@@ -141,27 +189,33 @@ class WeightGradient:
         parts = []
         rows, width = self.shape
         for start in range(0, rows, self.part_rows):
-            part = torch.empty(min(self.part_rows, rows - start), width, dtype=self.dtype, device=self.device)
-            part = part.view(part.shape[::-1]) if self.turned else part
-            part.narrow(1 if self.turned else 0, *_beyond(columns - start, min(self.part_rows, rows - start))).zero_()
+            count = min(self.part_rows, rows - start)
+            shape = (width, count + TURNED_PAD) if self.turned else (count, width)
+            part = torch.empty(shape, dtype=self.dtype, device=self.device)
+            part = part[:, :count] if self.turned else part
+            part.narrow(1 if self.turned else 0, *_beyond(columns - start, count)).zero_()
             parts.append(part)
         return parts
 
-    def result(self) -> Tensor:
-        """The sum in the result's dtype; the parts are gone afterwards."""
+    @property
+    def rounded_bytes(self) -> int:
+        """Of the result where the sum is rounded into memory of its own, else 0."""
+        own = self.turned or self.dtype != self.result_dtype
+        return self.shape.numel() * self.result_dtype.itemsize if own else 0
+
+    def result(self, in_buffer: bool) -> Tensor:
+        """The sum in the result's dtype; the parts are gone afterwards. in_buffer: the student's buffer was made for
+        the result too, and is free now."""
         if not self.parts:
             return torch.zeros(self.shape, dtype=self.result_dtype, device=self.device)
         if self.dtype == self.result_dtype and not self.turned:
             return self.parts.pop()
-        whole = torch.empty(self.shape, dtype=self.result_dtype, device=self.device)
-        for start in reversed(range(0, self.shape[0], self.part_rows)):
-            self._put(whole[start : start + self.part_rows], self.parts.pop())
+        if in_buffer:
+            whole = buffer(tuple(self.shape), self.result_dtype, self.device, 0, teacher=False)
+        else:
+            whole = torch.empty(self.shape, dtype=self.result_dtype, device=self.device)
+        for start in range(0, self.shape[0], self.part_rows):  # from the start, which the logits have touched
+            rows, part = whole[start : start + self.part_rows], self.parts.pop(0)
+            _turn(rows, part) if self.turned else rows.copy_(part)
+            del part  # its memory, before the next rows are touched
         return whole
-
-    def _put(self, into: Tensor, part: Tensor) -> None:
-        if not self.turned:
-            into.copy_(part)
-            return
-        step = TURNED_PIECE if self.result_dtype != torch.float32 else part.shape[1]  # a copy turns one dtype at a time
-        for start in range(0, part.shape[1], step):
-            into[start : start + step].copy_(part[:, start : start + step].to(self.result_dtype).t())

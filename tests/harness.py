@@ -16,7 +16,7 @@ from fastkd import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 CPP = ROOT / "tests" / "cpp"
-PARTS = ("memory", "reference", "sparse_reference", "problems", "run", "main")
+PARTS = ("memory", "reference", "sparse_reference", "problems", "products", "run", "main")
 WARNINGS = (
     "-Wall",
     "-Wextra",
@@ -72,9 +72,10 @@ def compile_parts(folder: Path, isa: str, flags: Sequence[str]) -> list[Path]:
 def compile_kernels(folder: Path, isa: str, flags: Sequence[str], csrc: Path = ROOT / "csrc") -> list[Path]:
     """The kernels of one instruction set and their host side, from any copy of csrc."""
     cpu = csrc / "kernels" / "cpu"
-    objects = [folder / f"{name}.o" for name in ("kernels", "launch", "sparse_launch")]
+    hosts = ("launch", "products_launch", "sparse_launch")
+    objects = [folder / f"{name}.o" for name in ("kernels", *hosts)]
     sources = [(cpu / f"isa_{isa}.cpp", (*flags, *ISA_FLAGS[isa]))]
-    sources += [(cpu / f"{name}.cpp", tuple(flags)) for name in ("launch", "sparse_launch")]
+    sources += [(cpu / f"{name}.cpp", tuple(flags)) for name in hosts]
     compile_all([(source, out, own) for (source, own), out in zip(sources, objects)])
     return objects
 

@@ -16,11 +16,12 @@ from fastkd.linear_chunks import DEFAULT_BUDGET, chunk_rows, default_budget
 @pytest.mark.parametrize(
     "rows,vocab,dtypes,budget,expected",
     [
-        (4096, 49152, (FP32, FP32), DEFAULT_BUDGET, 592),  # 651 would fit: 7 chunks, evened out
+        (4096, 49152, (FP32, FP32), DEFAULT_BUDGET, 512),  # 569 would fit
         (4096, 49152, (BF16, BF16), DEFAULT_BUDGET, 1024),  # 4 chunks
-        (4096, 128256, (FP32, FP32), DEFAULT_BUDGET, 240),  # 249 would fit: the last multiple of 16
-        (4096, 128256, (BF16, BF16), DEFAULT_BUDGET, 464),  # 9 chunks
-        (65536, 262144, (BF16, BF16), DEFAULT_BUDGET, 240),
+        (1239, 49152, (BF16, BF16), 512 * 49152 * 4, 512),  # 512, 512 and 215 rather than 3 times 416
+        (4096, 128256, (FP32, FP32), DEFAULT_BUDGET, 208),  # 218 would fit: 20 chunks, evened out
+        (4096, 128256, (BF16, BF16), 256 << 20, 512),
+        (65536, 262144, (BF16, BF16), DEFAULT_BUDGET, 208),
         (100, 128256, (BF16, FP32), DEFAULT_BUDGET, 100),  # all fit
         (100, 1000, (FP32, FP32), 8000 * 99, 64),  # one row too many: two chunks
         (100, 1000, (FP32, FP32), 8000 * 15, 15),  # fewer than 16: no multiple of it
@@ -42,7 +43,8 @@ def test_rows_of_a_chunk(rows, vocab, dtypes, budget, expected) -> None:
         (1024, 49152, (FP32, FP32), 0, 512 * 49152 * 8),  # 5 % would be fewer than 512 rows
         (4096, 49152, (BF16, BF16), 0, int(0.36 * 4096 * 49152 * 2)),
         (4096, 49152, (BF16, BF16), 2 * 49152 * 576, 512 * 49152 * 4),
-        (4096, 128256, (BF16, BF16), 2 * 128256 * 1024, DEFAULT_BUDGET),  # not even 512 rows
+        (4096, 128256, (BF16, BF16), 2 * 128256 * 1024, 512 * 128256 * 4),  # 512 rows, in 256 MiB
+        (4096, 262144, (BF16, BF16), 2 * 262144 * 1024, DEFAULT_BUDGET),  # 512 rows would be 537 MB
         (0, 1000, (FP32, FP32), 0, 512 * 8000),
     ],
 )
@@ -52,11 +54,12 @@ def test_budget_if_none_is_given(rows, vocab, dtypes, accumulator, expected) -> 
 
 def test_a_chunk_fits_the_budget_and_wastes_little() -> None:
     for rows in (1, 2, 15, 16, 17, 100, 1023, 4096):
-        for most in (1, 2, 15, 16, 17, 33, 500):
+        for most in (1, 2, 15, 16, 17, 33, 500, 511, 512, 1300):
             got = chunk_rows(rows, 1000, (FP32, BF16), 6000 * most)
             assert 1 <= got <= min(most, rows)
-            if most >= 16:  # as few chunks as the multiples of 16 allow
-                assert -(-rows // got) == -(-rows // min(rows, most if rows <= most else most // 16 * 16))
+            if most >= 16:  # as few chunks as the multiples of 16 or 512 allow
+                unit = 512 if most >= 512 else 16
+                assert -(-rows // got) == -(-rows // min(rows, most if rows <= most else most // unit * unit))
 
 
 MEASURED = """

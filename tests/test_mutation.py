@@ -24,6 +24,7 @@ class Mutant(NamedTuple):
 ROW, KERNEL, SWEEPS = "core/row.h", "kernels/cpu/row_kernel.h", "kernels/cpu/sweeps.h"
 SUMS, CONVERT, LAUNCH = "core/accumulators.h", "kernels/cpu/convert.h", "kernels/cpu/launch.cpp"
 SPARSE, SPARSE_ROW, SPARSE_LAUNCH = "core/sparse.h", "kernels/cpu/sparse_row.h", "kernels/cpu/sparse_launch.cpp"
+PRODUCTS = "kernels/cpu/products.h"
 TERMS, KERNELS, FINISH = "core/divergence.h", "kernels/cpu/kernels.h", "core/finish.h"
 
 MUTANTS = {
@@ -100,6 +101,16 @@ MUTANTS = {
     "bf16 by truncation": Mutant(CONVERT, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"),
     "gradient of the sharing threads skips a block": Mutant(
         KERNEL, "executor->run(blocks, 1, body", "executor->run(blocks - 1, 1, body"
+    ),
+    # between the products of the linear loss
+    "the last columns of a product are not added": Mutant(
+        PRODUCTS, "for (int64_t i = whole; i < columns; ++i)", "for (int64_t i = whole; i < columns - 1; ++i)"
+    ),
+    "the last rows of a transpose are left": Mutant(
+        PRODUCTS, "turn_tile<kWide>(p, v, h, high, wide)", "turn_tile<kWide>(p, v, h, high - 1, wide)"
+    ),
+    "a tile of a transpose is as wide as the last": Mutant(
+        PRODUCTS, "p.columns - h < kWide ? p.columns - h : kWide", "p.columns < kWide ? p.columns : kWide"
     ),
     # sparse teachers
     "sparse: the rest's mass by the difference alone": Mutant(

@@ -2,9 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../kernels/cpu/isa.h"
+#include "../kernels/cpu/products_launch.h"
 #include "../kernels/cpu/shard_launch.h"
 #include "../kernels/cpu/sparse_launch.h"
-#include "fresh_gradient.h"
+#include "lingering_tensor.h"
 #include "shard_arguments.h"
 #include "sparse_arguments.h"
 
@@ -20,6 +21,11 @@ Executor torch_threads() {
   return executor;
 }
 
+void check_kernels() {
+  const char* isa_error = "";
+  STD_TORCH_CHECK(selected_kernels(&isa_error), isa_error);
+}
+
 void raise_for(const Status& status, const RowTensors& rows) {
   const auto n = static_cast<size_t>(status.row);
   STD_TORCH_CHECK(status.code != Status::label_out_of_range, "labels[", n, "] = ", int_data(rows.labels)[n],
@@ -32,8 +38,7 @@ void raise_for(const Status& status, const RowTensors& rows) {
 template <class Compute>
 Outputs run(LossParams& p, const Tensor& student, const Tensor& teacher, RowTensors& rows, const Scalars& o,
             const Compute& compute) {
-  const char* isa_error = "";
-  STD_TORCH_CHECK(selected_kernels(&isa_error), isa_error);
+  check_kernels();
   fill_params(p, student, teacher, rows, o);
   LossCall call;
   call.reduction = parse_reduction(o.reduction);
@@ -48,7 +53,8 @@ Outputs run(LossParams& p, const Tensor& student, const Tensor& teacher, RowTens
 
 // A fresh gradient in lingering memory, where that is to be had.
 Tensor lingering_gradient(LossParams& p, const Tensor& student) {
-  std::optional<Tensor> gradient = lingering_tensor(gradient_shape(student), dtype_of("student_logits", student));
+  std::optional<Tensor> gradient =
+      lingering_tensor(gradient_shape(student), dtype_of("student_logits", student), 0, std::nullopt);
   if (!gradient) return fresh_gradient(p, student);
   p.gradient = *view_as_rows("gradient", *gradient);  // its huge pages are advised already: not fresh_gradient
   return *gradient;
@@ -69,8 +75,7 @@ struct Cpu {
   }
 
   static void shard(const ShardCall& call, const Tensor&) {
-    const char* isa_error = "";
-    STD_TORCH_CHECK(selected_kernels(&isa_error), isa_error);
+    check_kernels();
     run_shard_cpu(call, torch_threads());
   }
 
@@ -81,6 +86,44 @@ struct Cpu {
     run_rescale_cpu(p, torch_threads());
   }
 };
+
+// A matrix of unit column stride on the CPU.
+Rows matrix(const char* name, const Tensor& x, std::optional<ScalarType> dtype) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && (!dtype || x.scalar_type() == *dtype), name,
+                  " must be a matrix on the CPU, of the operator's dtype");
+  const auto rows = view_as_rows(name, x);
+  STD_TORCH_CHECK(rows, name, " must have unit column stride");
+  return *rows;
+}
+
+Tensor linear_memory(Tensor like, int64_t rows, int64_t columns, int64_t capacity, bool of_teacher) {
+  const Lingers kind = of_teacher ? Lingers::teacher_logits : Lingers::student_logits;
+  const auto bytes = static_cast<size_t>(std::max<int64_t>(capacity, 0));
+  std::optional<Tensor> memory = lingering_tensor({rows, columns}, dtype_of("like", like), bytes, kind);
+  return memory ? *memory : new_tensor(like, {rows, columns}, like.scalar_type());
+}
+
+void linear_add_(Tensor total, Tensor product) {
+  check_kernels();
+  AddParams p;
+  p.total = matrix("total", total, ScalarType::Float);
+  p.product = matrix("product", product, ScalarType::BFloat16);
+  p.rows = total.size(0);
+  p.columns = total.size(1);
+  STD_TORCH_CHECK(product.size(0) == p.rows && product.size(1) == p.columns, "product must have the shape of total");
+  run_add_cpu(p, torch_threads());
+}
+
+void linear_turn_(Tensor result, Tensor sum) {
+  check_kernels();
+  TurnParams p;
+  p.result = matrix("result", result, std::nullopt);
+  p.sum = matrix("sum", sum, ScalarType::Float);
+  p.rows = result.size(0);
+  p.columns = result.size(1);
+  STD_TORCH_CHECK(sum.size(0) == p.columns && sum.size(1) == p.rows, "sum must have the shape of result.T");
+  run_turn_cpu(p, torch_threads());
+}
 
 }  // namespace
 }  // namespace fastkd
@@ -99,4 +142,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("shard_terms", TORCH_BOX(&Shard::shard_terms));
   m.impl("shard_gradient", TORCH_BOX(&Shard::shard_gradient));
   m.impl("shard_gradient_", TORCH_BOX(&Shard::shard_gradient_));
+  m.impl("linear_memory", TORCH_BOX(&fastkd::linear_memory));
+  m.impl("linear_add_", TORCH_BOX(&fastkd::linear_add_));
+  m.impl("linear_turn_", TORCH_BOX(&fastkd::linear_turn_));
 }

@@ -5,8 +5,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../kernels/cpu/gradient_memory.h"
 #include "../kernels/cpu/isa.h"
+#include "../kernels/cpu/lingering_memory.h"
 #include "../kernels/cuda/plan.h"
 
 // Everything of the loss but the way its gradient leaves. `(...)` is the leading shape of the logits.
@@ -50,6 +50,11 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   // gradient * upstream * pending, row by row; upstream is 0-d or (...)
   m.def("kd_rescale(Tensor gradient, Tensor upstream, Tensor pending) -> Tensor");
   m.def("kd_rescale_(Tensor(a!) gradient, Tensor upstream, Tensor pending) -> ()");
+  // Of the linear loss on the CPU: (rows, columns) of like's dtype in lingering memory of at least `capacity` bytes;
+  // total (R, C) fp32 += product (R, C) bf16; result (V, H) = sum.T, rounded, of sum (H, V) fp32
+  m.def("linear_memory(Tensor like, int rows, int columns, int capacity, bool of_teacher) -> Tensor");
+  m.def("linear_add_(Tensor(a!) total, Tensor product) -> ()");
+  m.def("linear_turn_(Tensor(a!) result, Tensor sum) -> ()");
 }
 
 namespace {
@@ -114,7 +119,7 @@ PyMethodDef methods[] = {
      "Instruction set of the CPU kernels in use; ValueError if FASTKD_CPU_ISA names none."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "Instruction sets that this machine runs, separated by commas."},
     {"release_lingering_memory", release_lingering_memory, METH_NOARGS,
-     "Gives the memory of a freed gradient that lingers for the next call back to the system; returns its bytes."},
+     "Gives freed memory that lingers for the next call back to the system; returns its bytes."},
     {"cuda_architectures", cuda_architectures, METH_NOARGS,
      "What the CUDA kernels were compiled for; empty: not built."},
     {"cuda_plan", cuda_plan, METH_VARARGS, "The launch arithmetic of the CUDA kernels, which needs no GPU."},

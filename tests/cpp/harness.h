@@ -96,4 +96,8 @@ std::vector<Problem> all_problems(bool quick);
 // Runs one problem by the kernels on `threads` threads. Returns what was wrong, "" if nothing.
 std::string run(const Problem& problem, int threads);
 
+// The kernels between the products of the linear loss, likewise; products.cpp.
+std::string run_products(const fastkd::Executor& executor);
+std::string run_products(int threads);
+
 }  // namespace harness

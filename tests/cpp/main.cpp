@@ -33,6 +33,11 @@ int main(int argc, char** argv) {
     std::printf("%s: %s\n", problem.name.c_str(), complaint.c_str());
     if (++failures == (quick ? 1 : 10)) break;
   }
+  const std::string products = sparse ? "" : harness::run_products(threads);
+  if (!products.empty()) {
+    std::printf("products: %s\n", products.c_str());
+    ++failures;
+  }
   std::printf("%zu problems, %d failed\n", problems.size(), failures);
   return failures > 0;
 }

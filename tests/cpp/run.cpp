@@ -270,6 +270,11 @@ void check_refusals(const Problem& p, Report& report, const fastkd::Executor& ex
 
 }  // namespace
 
+std::string run_products(int threads) {
+  thread_count = threads;
+  return run_products(fastkd::Executor{run_on_threads, threads});
+}
+
 std::string run(const Problem& p, int threads) {
   thread_count = threads;
   const fastkd::Executor executor{run_on_threads, threads};

@@ -1,7 +1,7 @@
 // What one instruction set offers: a table of functions, filled once per compilation of kernels.h.
 #pragma once
 
-#include "../params.h"
+#include "../products_params.h"
 #include "../shard_params.h"
 #include "../sparse_params.h"
 
@@ -38,6 +38,9 @@ struct CpuKernels {
   void (*sparse_row)(const LossParams&, int64_t row, const SparseRow&, const SparseScratch&, const Executor*);
   // one row of a shard, ignored or not, likewise
   void (*shard_row)(const ShardCall&, int64_t row, const RowScratch&, const Executor*);
+  // rows; tiles of kTurnedRows rows
+  void (*add)(const AddParams&, int64_t begin, int64_t end);
+  void (*turn)(const TurnParams&, int64_t begin, int64_t end);
 };
 
 extern const CpuKernels kBaselineKernels, kAvx2Kernels, kAvx512Kernels;

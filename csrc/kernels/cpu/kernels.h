@@ -2,6 +2,7 @@
 // FASTKD_ISA_NAME; everything but the table has internal linkage.
 #pragma once
 
+#include "products.h"
 #include "row_kernel.h"
 #include "shard_row.h"
 #include "sparse_row.h"
@@ -63,7 +64,7 @@ void run_rescale(const RescaleParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const CpuKernels FASTKD_KERNELS = {FASTKD_ISA_NAME, kLanes,         run_rows,     run_shared_row,
-                                   run_rescale,     run_sparse_row, run_shard_row};
+const CpuKernels FASTKD_KERNELS = {FASTKD_ISA_NAME, kLanes,        run_rows, run_shared_row, run_rescale,
+                                   run_sparse_row,  run_shard_row, run_add,  run_turn};
 
 }  // namespace fastkd

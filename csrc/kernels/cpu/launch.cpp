@@ -165,17 +165,8 @@ Status run_loss_cpu(LossCall call, const Executor& executor) {
   return status;
 }
 
-void run_rescale_cpu(const RescaleParams& params, const Executor& executor) {
-  struct Context {
-    const RescaleParams& params;
-    const CpuKernels& kernels;
-  };
-  const char* error = "";
-  Context context{params, *selected_kernels(&error)};
-  const auto body = [](void* c, int64_t begin, int64_t end) {
-    static_cast<Context*>(c)->kernels.rescale(static_cast<Context*>(c)->params, begin, end);
-  };
-  if (params.rows > 0 && params.columns > 0) executor.run(params.rows, serial_rows(params.columns), body, &context);
+void run_rescale_cpu(const RescaleParams& p, const Executor& executor) {
+  run_over<RescaleParams, &CpuKernels::rescale>(p.rows, 1, p, executor);
 }
 
 }  // namespace fastkd

@@ -40,6 +40,22 @@ int64_t serial_rows(int64_t columns);
 // Checks labels and temperatures, then computes. Nothing is written unless the status is ok.
 Status run_loss_cpu(LossCall call, const Executor& executor);
 
+// The kernel of the instruction set in use that `kKernel` names, over [0, n) items of so many rows each.
+template <class Params, void (*CpuKernels::*kKernel)(const Params&, int64_t begin, int64_t end)>
+void run_over(int64_t n, int64_t rows_each, const Params& params, const Executor& executor) {
+  struct Context {
+    const Params& params;
+    const CpuKernels& kernels;
+  };
+  const char* error = "";
+  Context context{params, *selected_kernels(&error)};
+  const auto body = [](void* c, int64_t begin, int64_t end) {
+    const auto& [own, table] = *static_cast<Context*>(c);
+    (table.*kKernel)(own, begin, end);
+  };
+  if (n > 0 && params.columns > 0) executor.run(n, serial_rows(rows_each * params.columns), body, &context);
+}
+
 void run_rescale_cpu(const RescaleParams& params, const Executor& executor);
 
 }  // namespace fastkd

@@ -1,7 +1,7 @@
-// The tensor of a fresh gradient: in memory that lingers for the next call after it is freed, where torch can wrap
-// memory that has a deleter, else as torch allocates it.
+// A tensor in memory that lingers for the next call after it is freed, where torch can wrap memory that has a deleter.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -9,7 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "../kernels/cpu/gradient_memory.h"
+#include "../kernels/cpu/lingering_memory.h"
 #include "rows.h"
 
 // Of torch >= 2.11. Weak: null in 2.10, where the extension must load as well.
@@ -29,8 +29,9 @@ inline int32_t shim_dtype(DType dtype) {
   return 0;
 }
 
-// Contiguous, uninitialised; nothing where lingering memory is not to be had.
-inline std::optional<Tensor> lingering_tensor(const std::vector<int64_t>& shape, DType dtype) {
+// Contiguous, uninitialised, in memory of at least `capacity` bytes; nothing where lingering memory is not to be had.
+inline std::optional<Tensor> lingering_tensor(const std::vector<int64_t>& shape, DType dtype, size_t capacity,
+                                              std::optional<Lingers> kind) {
   const char* error = "";
   const long long limit = linger_limit(&error);
   STD_TORCH_CHECK(limit >= 0, error);
@@ -38,15 +39,16 @@ inline std::optional<Tensor> lingering_tensor(const std::vector<int64_t>& shape,
   std::vector<int64_t> strides(shape.size());
   int64_t elements = 1;
   for (size_t d = shape.size(); d-- > 0; elements *= shape[d]) strides[d] = elements;
-  GradientMemory* memory = take_gradient_memory(static_cast<size_t>(elements * size_of(dtype)), limit);
+  const size_t bytes = std::max(capacity, static_cast<size_t>(elements * size_of(dtype)));
+  LingeringMemory* memory = take_memory(bytes, limit, kind ? *kind : gradient_of(bytes));
   if (!memory) return std::nullopt;
-  const auto deleter = [](void*, void* context) { free_gradient_memory(static_cast<GradientMemory*>(context)); };
+  const auto deleter = [](void*, void* context) { free_memory(static_cast<LingeringMemory*>(context)); };
   AtenTensorHandle handle = nullptr;
   const AOTITorchError failed = torch_from_blob(memory->data, static_cast<int64_t>(shape.size()), shape.data(),
                                                 strides.data(), 0, shim_dtype(dtype), aoti_torch_device_type_cpu(), -1,
                                                 &handle, aoti_torch_layout_strided(), nullptr, 0, deleter, memory);
   if (!failed) return Tensor(handle);
-  free_gradient_memory(memory);
+  free_memory(memory);
   return std::nullopt;
 }
 

@@ -1,6 +1,6 @@
-// See gradient_memory.h. Atomic pointers are all the state: no lock that a fork could leave taken, nothing to destroy
+// See lingering_memory.h. Atomic pointers are all the state: no lock that a fork could leave taken, nothing to destroy
 // before the last tensor.
-#include "gradient_memory.h"
+#include "lingering_memory.h"
 
 #include <atomic>
 #include <cerrno>
@@ -20,9 +20,8 @@ constexpr size_t kHugePage = size_t{1} << 21, kPage = 4096;
 constexpr long long kDefaultLimit = 1LL << 30;
 constexpr size_t kSmallest = size_t{1} << 17;  // below, the C library keeps freed memory itself
 
-// One of less than a huge page, one of more: a small loss beside a large one does not push out what lingers of it.
-std::atomic<GradientMemory*> lingering[2];
-std::atomic<GradientMemory*>& lingering_like(size_t capacity) { return lingering[capacity >= kHugePage]; }
+std::atomic<LingeringMemory*> lingering[kLingering];
+std::atomic<LingeringMemory*>& lingering_of(Lingers kind) { return lingering[static_cast<int>(kind)]; }
 
 struct Limit {
   long long bytes = kDefaultLimit;
@@ -42,14 +41,14 @@ struct Limit {
 
 #if defined(__linux__)
 
-void unmap(GradientMemory* memory) {
+void unmap(LingeringMemory* memory) {
   munmap(memory->data, memory->capacity);
   delete memory;
 }
 
-// Maps whole pages, large memory from a huge page's border on, and advises huge pages for those that are filled.
-void* map_aligned(size_t capacity) {
-  const size_t border = capacity >= kHugePage ? kHugePage : kPage, mapped = capacity + border - kPage;
+// Maps whole pages, a large gradient from a huge page's border on, and advises huge pages for those that are filled.
+void* map_aligned(size_t capacity, bool huge) {
+  const size_t border = huge ? kHugePage : kPage, mapped = capacity + border - kPage;
   void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return nullptr;
   const auto begin = reinterpret_cast<uintptr_t>(memory);
@@ -58,7 +57,7 @@ void* map_aligned(size_t capacity) {
   const uintptr_t end = aligned + capacity;
   if (begin + mapped > end) munmap(reinterpret_cast<void*>(end), begin + mapped - end);
   void* data = reinterpret_cast<void*>(aligned);
-  if (capacity >= kHugePage) madvise(data, capacity / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: may fail
+  if (huge) madvise(data, capacity / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: may fail
   return data;
 }
 
@@ -74,33 +73,33 @@ long long linger_limit(const char** error) {
 
 #if defined(__linux__) && defined(MADV_FREE)
 
-GradientMemory* take_gradient_memory(size_t bytes, long long limit) {
+LingeringMemory* take_memory(size_t bytes, long long limit, Lingers kind) {
   if (bytes < kSmallest || limit < 0 || bytes > static_cast<size_t>(limit)) return nullptr;
   const size_t capacity = (bytes + kPage - 1) / kPage * kPage;
-  if (GradientMemory* kept = lingering_like(capacity).exchange(nullptr)) {
+  if (LingeringMemory* kept = lingering_of(kind).exchange(nullptr)) {
     // much larger memory would hold on to pages that nobody uses
     if (kept->capacity >= bytes && kept->capacity / 2 <= bytes) return kept;
     unmap(kept);
   }
-  void* data = map_aligned(capacity);
+  void* data = map_aligned(capacity, kind == Lingers::large_gradient);
   if (!data) return nullptr;
-  auto* memory = new (std::nothrow) GradientMemory{data, capacity, static_cast<size_t>(limit)};
+  auto* memory = new (std::nothrow) LingeringMemory{data, capacity, static_cast<size_t>(limit), kind};
   if (!memory) munmap(data, capacity);
   return memory;
 }
 
-void free_gradient_memory(GradientMemory* memory) {
+void free_memory(LingeringMemory* memory) {
   // from here on the system may take the pages, but need not: written again before that, they cost nothing
   if (memory->capacity > memory->max_linger || madvise(memory->data, memory->capacity, MADV_FREE) != 0) {
     return unmap(memory);
   }
-  if (GradientMemory* other = lingering_like(memory->capacity).exchange(memory)) unmap(other);
+  if (LingeringMemory* other = lingering_of(memory->kind).exchange(memory)) unmap(other);
 }
 
 size_t release_lingering_memory() {
   size_t bytes = 0;
   for (auto& slot : lingering) {
-    if (GradientMemory* kept = slot.exchange(nullptr)) {
+    if (LingeringMemory* kept = slot.exchange(nullptr)) {
       bytes += kept->capacity;
       unmap(kept);
     }
@@ -110,8 +109,8 @@ size_t release_lingering_memory() {
 
 #else
 
-GradientMemory* take_gradient_memory(size_t, long long) { return nullptr; }
-void free_gradient_memory(GradientMemory*) {}
+LingeringMemory* take_memory(size_t, long long, Lingers) { return nullptr; }
+void free_memory(LingeringMemory*) {}
 size_t release_lingering_memory() { return 0; }
 
 #endif
