@@ -72,8 +72,10 @@ def linear_kd_loss(
         teacher_logits: ``(..., V)`` in place of ``teacher_hidden`` and ``teacher_weight``.
         chunk_size: rows of a chunk, or ``auto``: as many as ``memory_budget`` holds.
         memory_budget: bytes for the logits of a chunk, of both models. If not given, about 5 % of what all logits
-            would take, between those of 512 rows and 256 MB. Beside it the gradient of a 16-bit weight, accumulated in
-            fp32 over the chunks, needs 2 bytes an element more than the gradient itself.
+            would take, between those of 512 rows and 224 MB, which where 512 rows take more than 256 MiB is what it
+            is. Beside it the gradient of a 16-bit weight, accumulated in fp32 over the chunks, needs 2 bytes an
+            element more than the gradient itself. On the CPU the memory lingers for the next call: the logits of both
+            models, and where their rows are fewer than H the weight's gradient in turn with the student's.
         logits_dtype: float32, or the dtype of the hidden states. By default float32, except for bf16 on devices that
             cannot write the product of bf16 matrices as float32, the CPU among them: bfloat16 there, as in the model.
         vocab_shard: :class:`fastkd.VocabShard`: weights and biases (or ``teacher_logits``) hold this rank's columns of

@@ -211,7 +211,7 @@ class WeightGradient:
         if self.dtype == self.result_dtype and not self.turned:
             return self.parts.pop()
         if in_buffer:
-            whole = buffer(tuple(self.shape), self.result_dtype, self.device, 0, teacher=False)
+            whole = buffer((self.shape[0], self.shape[1]), self.result_dtype, self.device, 0, teacher=False)
         else:
             whole = torch.empty(self.shape, dtype=self.result_dtype, device=self.device)
         for start in range(0, self.shape[0], self.part_rows):  # from the start, which the logits have touched
