@@ -31,7 +31,7 @@ def take(way: str, patch: pytest.MonkeyPatch, plan=sparse_plan) -> None:
     """Rows whole, two at a time, or split; in several blocks. plan: sparse_plan.py or a copy."""
     if way == "as shipped":
         return
-    small = {8: Block(128, 8, 32), 4: Block(128, 4, 32)}
+    small = {8: Block(128, 8, 32), 4: Block(128, 4, 32), 1: Block(128, 4, 32)}
     patch.setattr(plan, "MOST_RESIDENT", 0)
     patch.setattr(plan, "ROW_BLOCKS", small)
     patch.setattr(plan, "SPLIT_BLOCKS", small)
@@ -161,9 +161,9 @@ class TestPlan:
         assert found == {False, True}
 
     def test_rows_that_a_block_holds_stay_in_it(self) -> None:
-        for vector, widest in ((8, 8192), (4, 4096)):
-            for vocab in (1, 4096, 4097, 8192, 8193):
-                plan = sparse_plan.plan_of(100, vocab, 2, vector, True, self.H100)
+        for unit, widest in ((8, 8192), (4, 4096), (1, 2048)):
+            for vocab in (1, 2048, 2049, 4096, 4097, 8192, 8193):
+                plan = sparse_plan.plan_of(100, vocab, 2, unit, True, self.H100)
                 assert plan.resident == (vocab <= widest)
                 assert not plan.resident or (plan.programs == 100 and plan.block.columns >= vocab)
 

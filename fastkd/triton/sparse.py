@@ -20,7 +20,6 @@ from .launch import Call, Outputs, Rows, Scalars, rows_or_copy, view_as_rows
 from .ops import DEVICES, _check, _per_row
 from .sparse_plan import (
     FINISH_REGISTERS,
-    ODD_VECTOR,
     ROW_REGISTERS,
     SPLIT_REGISTERS,
     WARP_ENTRIES,
@@ -120,8 +119,8 @@ class _Launches:
         self.new = functools.partial(row_loss.new_empty, dtype=torch.float32)
         unit = unit_of(call.student, call.gradient, call.columns)
         plan = plan_of(
-            call.rows, call.columns, call.student.data.element_size(), unit if unit > 1 else ODD_VECTOR,
-            call.gradient is not None, (launch.processors_of(self.device), cache_of(self.device)),
+            call.rows, call.columns, call.student.data.element_size(), unit, call.gradient is not None,
+            (launch.processors_of(self.device), cache_of(self.device)),
         )  # fmt: skip
         self.plan, self.row_blocks = plan, -(-call.columns // plan.block.columns)
         o, (beta, beta_rest, *rest_of_options) = call.numbers, launch._options_of(call)

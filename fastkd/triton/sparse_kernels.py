@@ -82,9 +82,10 @@ def columns_of(block, LANES: tl.constexpr, VECTOR: tl.constexpr):
 def without_named(s, columns, ids, first, last, start):
     """s with -inf at the entries first ... last - 1, which lie in the block from `start` on. An entry sets a bit of its
     lane: a comparison a lane, not a column."""
+    LANES: tl.constexpr = columns.shape[0]
     VECTOR: tl.constexpr = columns.shape[1]
-    lane = tl.min(columns, axis=1)
-    bits = lane * 0
+    lane = start + tl.arange(0, LANES) * VECTOR
+    bits = (tl.max(s, axis=1) > float("inf")).to(tl.int32)  # 0, by the threads that have the lane
     for i in range(first, last):
         column = tl.load(ids + i)
         within = (column - start) % VECTOR

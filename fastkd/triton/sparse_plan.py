@@ -11,15 +11,15 @@ from torch import Tensor
 from . import launch
 from .launch import Block, Rows, Split
 
-# By columns of a lane: blocks of the sweeps of whole rows, two lanes a thread. With as many registers as it may take,
-# one program has a multiprocessor to itself. A row of no more than MOST_RESIDENT of them stays in registers.
-ROW_BLOCKS = {8: Block(lanes=1024, vector=8, threads=512), 4: Block(lanes=1024, vector=4, threads=512)}
-MOST_RESIDENT = 1  # blocks
+# By UNIT, blocks of the sweeps of whole rows: two lanes of 16 bytes a thread; where every column has an address of its
+# own, two lanes spill: one. With as many registers as it may take, a program has a multiprocessor to itself. A row of
+# no more than MOST_RESIDENT blocks stays in registers.
+ROW_BLOCKS = {8: Block(1024, 8, threads=512), 4: Block(1024, 4, threads=512), 1: Block(512, 4, threads=512)}
+MOST_RESIDENT = 1
 # ... of split rows: one lane a thread.
-SPLIT_BLOCKS = {8: Block(lanes=256, vector=8, threads=256), 4: Block(lanes=256, vector=4, threads=256)}
+SPLIT_BLOCKS = {8: Block(256, 8, threads=256), 4: Block(256, 4, threads=256), 1: Block(256, 4, threads=256)}
 ROW_REGISTERS, FINISH_REGISTERS, SPLIT_REGISTERS = 128, 128, 80
 WARP_ENTRIES = 128  # of K at a time, by one warp: nothing goes from warp to warp
-ODD_VECTOR = 4  # columns of a lane that is not read 16 bytes at a time: each has an address of its own
 
 CACHE_SHARE = 7 / 8  # of the last level: what rows under way may take of it; the rest is for all else
 # Last levels in front of the memory that a device does not tell of (AMD tells the second level of one of its dies).
@@ -58,12 +58,12 @@ def rows_at_once(rows: int, columns: int, item_size: int, processors: int, cache
     return -(-rows // rounds) if 3 * rows >= 2 * rounds * at_once else 0
 
 
-def plan_of(rows: int, columns: int, item_size: int, vector: int, gradient: bool, device: tuple[int, int]) -> Plan:
+def plan_of(rows: int, columns: int, item_size: int, unit: int, gradient: bool, device: tuple[int, int]) -> Plan:
     """device: processors and bytes of cache. A value alone is read once: rows too wide for registers are split."""
-    if columns <= MOST_RESIDENT * ROW_BLOCKS[vector].columns:
-        return Plan(ROW_BLOCKS[vector], rows, True, Split(1, 1))
+    if columns <= MOST_RESIDENT * ROW_BLOCKS[unit].columns:
+        return Plan(ROW_BLOCKS[unit], rows, True, Split(1, 1))
     programs = rows_at_once(rows, columns, item_size, *device) if gradient else 0
-    block = ROW_BLOCKS[vector] if programs else SPLIT_BLOCKS[vector]
+    block = ROW_BLOCKS[unit] if programs else SPLIT_BLOCKS[unit]
     return Plan(block, programs, False, launch.split_rows(rows, columns, block, device[0]))
 
 
