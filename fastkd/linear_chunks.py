@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, shard_ops, sparse_ops
+from . import counted, ops, shard_ops, sparse_ops
+from .linear_models import Model, model_of
 from .linear_rows import Selection, select_rows
-from .products import WeightGradient, buffer, hidden_gradient, logits_dtype_for, project
+from .products import WeightGradient, hidden_gradient
 from .stats import KDStats
 
 USUAL_ROWS = 512  # rows below which the matrix products of a chunk are slower
@@ -43,44 +44,6 @@ def chunk_rows(rows: int, vocab: int, dtypes: tuple[torch.dtype, ...], budget: i
     unit = next(unit for unit in (USUAL_ROWS, 16, 1) if unit <= most)
     even = -(-rows // -(-rows // (most // unit * unit)))
     return -(-even // unit) * unit
-
-
-class Model(NamedTuple):
-    """Where the logits of one model come from: a head, or logits as they are."""
-
-    weight: Tensor | None  # (V, H), cut to the common vocabulary
-    bias: Tensor | None  # (V)
-    logits: Tensor | None  # (N, V)
-    vocab: int  # V
-    dtype: torch.dtype  # of the operands
-    logits_dtype: torch.dtype
-
-    def buffer(self, rows: int, capacity: int = 0, teacher: bool = False) -> Tensor | None:
-        """(rows, V) for the logits of a chunk; None where they are given."""
-        if self.weight is None:
-            return None
-        return buffer((rows, self.vocab), self.logits_dtype, self.weight.device, capacity, teacher)
-
-    def logits_of(self, hidden: Tensor, buffer: Tensor) -> Tensor:
-        """(R, V) in the buffer, of hidden (R, H) in the operands' dtype."""
-        assert self.weight is not None
-        logits = buffer[: hidden.shape[0]]
-        project(logits, hidden, self.weight, self.bias)
-        return logits
-
-
-def model_of(
-    weight: Tensor | None, bias: Tensor | None, logits: Tensor | None, vocab: int,
-    autocast_dtype: torch.dtype | None, logits_dtype: torch.dtype | None,
-) -> Model:  # fmt: skip
-    """Operands cut to ``vocab`` columns; under autocast in its dtype, which copies the weight, as a layer does."""
-    if logits is not None:
-        return Model(None, None, logits[:, :vocab], vocab, logits.dtype, logits.dtype)
-    assert weight is not None
-    dtype = autocast_dtype if autocast_dtype and weight.dtype != torch.float64 else weight.dtype
-    bias = None if bias is None else bias[:vocab]
-    weight = weight[:vocab].to(dtype)
-    return Model(weight, bias, None, vocab, dtype, logits_dtype_for(dtype, weight.device, logits_dtype))
 
 
 class Call(NamedTuple):
@@ -179,14 +142,16 @@ def kept_dtype(x: Tensor) -> torch.dtype:
 class Gradients:
     """Sums of the gradients over chunks of rows; None where one is not wanted."""
 
-    def __init__(self, call: Call, selection: Selection, logits_dtype: torch.dtype, chunks: int) -> None:
+    def __init__(self, call: Call, selection: Selection, student: Model, chunks: int) -> None:
         wanted, self.group = call.needs if call.with_gradient else [False] * 3, call.group
         hidden, weight, bias = call.student_hidden, call.student_weight, call.student_bias
         new = hidden.new_empty if selection.index is None else hidden.new_zeros
         dtype = call.loss_dtype if call.group else kept_dtype(hidden)  # parts of other ranks are still to be added
         self.hidden = new(hidden.shape, dtype=dtype) if wanted[0] else None
         self.hidden_dtype = kept_dtype(hidden)
-        self.weight = WeightGradient(weight, kept_dtype(weight), logits_dtype, chunks) if wanted[1] else None
+        self.by_count = selection.live is not None and student.counted()
+        arguments = (weight, kept_dtype(weight), student.logits_dtype, chunks, self.by_count)
+        self.weight = WeightGradient(*arguments) if wanted[1] else None
         self.bias = torch.zeros_like(bias, dtype=call.loss_dtype) if wanted[2] and bias is not None else None
         self.bias_dtype = None if bias is None else kept_dtype(bias)
 
@@ -194,10 +159,14 @@ class Gradients:
         self, gradient: Tensor, hidden: Tensor, weight: Tensor, selection: Selection, rows: slice, free: Tensor | None
     ) -> None:
         """gradient: (R, V') of a chunk's logits; hidden: its (R, H); weight: (V', H); free: memory for products."""
+        count = selection.live_of(rows) if self.by_count else None
         if self.hidden is not None:
-            selection.put(self.hidden, rows, hidden_gradient(gradient, weight, free))
+            values = hidden_gradient(gradient, weight, free, count)
+            if count is not None and selection.ignored is not None:  # beyond the count they are no numbers
+                values.masked_fill_(selection.ignored[rows, None], 0.0)
+            selection.put(self.hidden, rows, values)
         if self.weight is not None:
-            self.weight.add(gradient, hidden, free)
+            self.weight.add(gradient, hidden, free, count)
         if self.bias is not None:
             self.bias[: gradient.shape[1]] += gradient.sum(0, dtype=self.bias.dtype)
 
@@ -218,7 +187,7 @@ class _Chunks:
 
     def __init__(self, call: Call) -> None:
         self.call, (self.student, self.teacher) = call, call.models()
-        self.selection = select_rows(call.labels, call.ignore_index, call.student_hidden.shape[0])
+        self.selection = self._select()
         self.denominator = call.denominator()
         vocab = self.student.vocab
         if call.group:  # the widest rank's, for all to take the same chunks
@@ -237,17 +206,27 @@ class _Chunks:
         rows = call.chunk_size or chunk_rows(count, vocab, dtypes, budget)
         self.step = max(1, min(rows, self.selection.count))
 
+    def _select(self) -> Selection:
+        """In an order that all ranks of a group have in common, whatever their part of the head and their device."""
+        call, student, rows = self.call, self.student, self.call.student_hidden.shape[0]
+        in_order = student.counted()
+        if call.group:
+            common = counted.possible(call.student_hidden, student.dtype, student.logits_dtype)
+            in_order = common and student.bias is None
+        return select_rows(call.labels, call.ignore_index, rows, in_order)
+
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The operator's results."""
         call, new, rows = self.call, self.call.student_hidden.new_zeros, self.call.student_hidden.shape[0]
         loss = new(rows if call.reduction == "none" else (), dtype=call.loss_dtype)
         stats = new((5, rows) if call.with_stats else (0,), dtype=torch.float32)
         chunks = -(-self.selection.count // self.step)
-        sums = Gradients(call, self.selection, self.student.logits_dtype, chunks)
-        rounded = 0 if sums.weight is None else sums.weight.rounded_bytes
-        in_buffer = rounded >= self.step * self.student.vocab * self.student.logits_dtype.itemsize
-        student_buffer = self.student.buffer(self.step, rounded if in_buffer else 0)
-        teacher_buffer = self.teacher.buffer(self.step, teacher=True)
+        sums = Gradients(call, self.selection, self.student, chunks)
+        rounded = 0 if sums.weight is None or sums.by_count else sums.weight.rounded_bytes
+        in_buffer = rounded > 0 and rounded >= self.step * self.student.vocab * self.student.logits_dtype.itemsize
+        student_buffer = None if sums.by_count else self.student.buffer(self.step, rounded if in_buffer else 0)
+        own = self.selection.live is not None and self.teacher.counted()  # counted products bring memory of their own
+        teacher_buffer = None if own else self.teacher.buffer(self.step, teacher=True)
         for start in range(0, self.selection.count, self.step):
             chunk = slice(start, min(start + self.step, self.selection.count))
             value, part = self._one(chunk, student_buffer, teacher_buffer, sums)
@@ -267,9 +246,9 @@ class _Chunks:
         hidden = take(call.student_hidden, chunk)
         if self.selection.ignored is not None:  # NaN there times a gradient of 0 would be NaN
             hidden = hidden.masked_fill(self.selection.ignored[chunk, None], 0.0)
-        hidden = hidden.to(self.student.dtype)
-        logits = self.student.logits_of(hidden, student_buffer)
-        teacher = self._teacher(chunk, teacher_buffer)
+        hidden, count = hidden.to(self.student.dtype), self.selection.live_of(chunk)
+        logits = self.student.logits_of(hidden, student_buffer, count)
+        teacher = self._teacher(chunk, teacher_buffer, count)
         each = (call.labels, call.token_weights, call.temperatures)
         per_row = (None if x is None else take(x, chunk) for x in each)
         scalars, *options = self.numbers
@@ -284,7 +263,7 @@ class _Chunks:
         sums.add(logits, hidden, self.student.weight, self.selection, chunk, teacher_buffer)
         return value, part
 
-    def _teacher(self, chunk: slice, buffer) -> tuple[Tensor | None, ...]:
+    def _teacher(self, chunk: slice, buffer, count: Tensor | None) -> tuple[Tensor | None, ...]:
         """A chunk's logits of the teacher, or its ids, log-probabilities and weights."""
         call, take = self.call, self.selection.take
         if call.ids is not None:
@@ -292,7 +271,7 @@ class _Chunks:
         if self.teacher.logits is not None:
             return (take(self.teacher.logits, chunk),)
         assert call.teacher_hidden is not None
-        return (self.teacher.logits_of(take(call.teacher_hidden, chunk).to(self.teacher.dtype), buffer),)
+        return (self.teacher.logits_of(take(call.teacher_hidden, chunk).to(self.teacher.dtype), buffer, count),)
 
 
 @torch.library.custom_op("fastkd::linear_kd", mutates_args=(), schema=_SCHEMA)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .eager import eager_kd_loss
-from .linear_chunks import DEFAULT_BUDGET, Call, Model, chunk_rows
+from .linear_chunks import DEFAULT_BUDGET, Call, chunk_rows
+from .linear_models import Model
 from .options import Options
 from .sparse_eager import eager_sparse_kd_loss
 from .stats import KDStats

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import ops
+from . import counted, ops
 
 CPU_PIECE, PIECE = 2048, 16384  # columns of the vocabulary
 TURNED_PAD = 16  # floats after a row of a turned part: at a stride of 64 KiB its columns would meet in one cache set
@@ -67,9 +67,11 @@ def _product(left: Tensor, right: Tensor, free: Tensor | None) -> Tensor:
     return torch.mm(left, right, out=free.view(-1)[: rows * columns].view(rows, columns))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, free: Tensor | None) -> None:
-    """total (fp32) += left @ right."""
-    if left.dtype == total.dtype:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, free: Tensor | None, rows: Tensor | None = None) -> None:
+    """total (fp32) += left @ right, of as many of the rows that are summed over as ``rows`` says (see counted.py)."""
+    if rows is not None:
+        total.add_(counted.product_over_rows(left, right, rows))
+    elif left.dtype == total.dtype:
         total.addmm_(left, right)
     elif _writes_fp32(total.device):
         total.add_(torch.mm(left, right, out_dtype=total.dtype))
@@ -115,9 +117,11 @@ def _turn(result: Tensor, part: Tensor) -> None:
         result.copy_(part.t())
 
 
-def _put_product(out: Tensor, left: Tensor, right: Tensor, free: Tensor | None) -> None:
-    """out <- left @ right."""
-    if left.dtype == out.dtype:
+def _put_product(out: Tensor, left: Tensor, right: Tensor, free: Tensor | None, rows: Tensor | None = None) -> None:
+    """out <- left @ right, likewise."""
+    if rows is not None:
+        out.copy_(counted.product_over_rows(left, right, rows))
+    elif left.dtype == out.dtype:
         torch.mm(left, right, out=out)
     elif _writes_fp32(out.device) and out.dtype == torch.float32:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
@@ -133,8 +137,11 @@ def _operands(gradient: Tensor, other: torch.dtype) -> torch.dtype:
     return torch.float32 if gradient.dtype == torch.float16 else gradient.dtype
 
 
-def hidden_gradient(gradient: Tensor, weight: Tensor, free: Tensor | None = None) -> Tensor:
-    """gradient @ weight as fp32 (R, H), fp64 where the gradient is; gradient: (R, V); free: memory for products."""
+def hidden_gradient(gradient: Tensor, weight: Tensor, free: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    """gradient @ weight as fp32 (R, H), fp64 where the gradient is; gradient: (R, V); free: memory for products. With
+    ``rows`` bf16, and only so many of them (see counted.py)."""
+    if rows is not None:
+        return counted.hidden_gradient(gradient, weight, rows)
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     total = gradient.new_zeros(gradient.shape[0], weight.shape[1], dtype=dtype)
     dtype = _operands(gradient, weight.dtype)
@@ -154,12 +161,21 @@ class WeightGradient:
 
     For a 16-bit weight the sum lies in parts, each freed as soon as it has been rounded into the result. A single chunk
     needs no sum: its product is the result. Where the products are bf16 (the CPU) the parts are (H, rows of V): of the
-    two ways to write a piece's product, hidden.T @ gradient takes half the time of its transpose.
+    two ways to write a piece's product, hidden.T @ gradient takes half the time of its transpose. ``by_count``: the
+    products are counted ones.
     """
 
-    def __init__(self, weight: Tensor, result_dtype: torch.dtype, logits_dtype: torch.dtype, chunks: int) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        result_dtype: torch.dtype,
+        logits_dtype: torch.dtype,
+        chunks: int,
+        by_count: bool = False,
+    ) -> None:
         self.shape, self.result_dtype, self.device = weight.shape, result_dtype, weight.device
-        self.turned = chunks > 1 and logits_dtype == torch.bfloat16 and not _writes_fp32(self.device)
+        rounded = logits_dtype == torch.bfloat16 and not _writes_fp32(self.device)
+        self.turned = chunks > 1 and rounded and not by_count
         self.dtype = torch.promote_types(result_dtype, torch.float32) if chunks > 1 else result_dtype
         self.parts: list[Tensor] = []  # made by the first chunk
         unit, (rows, width) = CPU_PIECE if self.device.type == "cpu" else PIECE, self.shape
@@ -167,8 +183,9 @@ class WeightGradient:
         if self.turned or self.dtype != result_dtype:
             self.part_rows = -(-OWN_MAPPING // (4 * width * unit)) * unit
 
-    def add(self, gradient: Tensor, hidden: Tensor, free: Tensor | None = None) -> None:
-        """gradient (R, V'), hidden (R, H); V' <= V: the rows of the weight beyond it get 0. free: as above."""
+    def add(self, gradient: Tensor, hidden: Tensor, free: Tensor | None = None, rows: Tensor | None = None) -> None:
+        """gradient (R, V'), hidden (R, H); V' <= V: the rows of the weight beyond it get 0. free: as above; rows: how
+        many of the R are added, where products are counted."""
         dtype = _operands(gradient, hidden.dtype)
         hidden = hidden.to(dtype)
         if self.turned:
@@ -181,7 +198,7 @@ class WeightGradient:
                 if self.turned:
                     product(part[:, piece], hidden, columns[:, piece], free)
                 else:
-                    product(part[piece], columns[:, piece].to(dtype).t(), hidden, free)
+                    product(part[piece], columns[:, piece].to(dtype).t(), hidden, free, rows)
         self.parts = parts
 
     def _new_parts(self, columns: int) -> list[Tensor]:

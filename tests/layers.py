@@ -34,11 +34,11 @@ ALSO_MAY_IMPORT = {"triton": {"triton"}}
 # modules of the core, lowest first: each may import from the rows above its own
 CORE_ORDER = (
     {"_C"},
-    {"checks", "divergence", "linear_rows", "shard", "stats"},
-    {"linear_checks", "options", "shard_dtensor", "shard_exchange", "topk"},
+    {"checks", "counted", "divergence", "shard", "stats"},
+    {"linear_checks", "linear_rows", "options", "shard_dtensor", "shard_exchange", "topk"},
     {"cuda", "eager", "linear_dtensor", "ops", "shard_rows", "sparse_checks"},
     {"products", "shard_eager", "sparse_eager", "sparse_ops"},
-    {"shard_native"},
+    {"linear_models", "shard_native"},
     {"shard_ops"},
     {"triton"},
     {"backends", "linear_chunks", "shard_loss"},

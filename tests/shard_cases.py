@@ -9,6 +9,7 @@ from typing import Any
 
 import linear_cases
 import torch
+from counted_products import rows_counted_on_device
 from inputs import BF16, FP16, FP64, IGNORE, Case, Inputs, Outcome, make_inputs, reference_of, run_backend
 from reference import DIVERGENCES
 from tolerances import assert_close_to_reference
@@ -188,6 +189,7 @@ class LinearShardCase:
     plan: str = "uneven"
     teacher_logits: bool = False
     frozen: bool = False  # the student's head
+    counted: str = ""  # ranks whose products read the number of rows on the device: "all", "even", "" (the CPU's way)
 
 
 def linear_shard_cases() -> dict[str, LinearShardCase]:
@@ -196,6 +198,7 @@ def linear_shard_cases() -> dict[str, LinearShardCase]:
         linear_cases.Case(rows=13, vocab=101, **fields), options, plan, **(more or {})
     )
     soft = {"temperature": 2.0, "ce_weight": 0.5, "chunk_size": 4}
+    narrow = {"dtype": BF16, "bias": False, "hidden": 16, "teacher_hidden": 8}
     return {
         "chunks": linear({**soft, "return_stats": True, "label_smoothing": 0.1}),
         "jsd": linear({**soft, "divergence": "jsd"}, "even"),
@@ -206,17 +209,32 @@ def linear_shard_cases() -> dict[str, LinearShardCase]:
         "logits of the teacher": linear({**soft, "reduction": "sum"}, more={"teacher_logits": True}),
         "frozen head": linear({**soft, "num_items_in_batch": 5}, more={"frozen": True}),
         "no bias, fp64": linear(soft, dtype=FP64, bias=False),
+        "rows counted": linear({**soft, "chunk_size": 9, "divergence": "jsd"}, more={"counted": "all"}, **narrow),
+        "rows counted by some": linear({**soft, "reduction": "none"}, more={"counted": "even"}, **narrow),
+        "rows counted, one rank has all": linear(soft, "last", more={"counted": "all"}, **narrow),
     }
 
 
 def run_linear_rank(case: LinearShardCase, rank: int, world: int) -> dict[str, Any]:
     """Loss and gradients of a rank: of the whole hidden states, of its rows of the head."""
+    if not case.counted:
+        return _run_linear_rank(case, rank, world)
+    with rows_counted_on_device(everywhere=case.counted == "all" or rank % 2 == 0) as products:
+        result = _run_linear_rank(case, rank, world)
+    part = shards(case.plan, case.inputs.vocab, world)[rank]
+    assert bool(products.rows) == (part[1] > part[0] and (case.counted == "all" or rank % 2 == 0))
+    return result
+
+
+def _run_linear_rank(case: LinearShardCase, rank: int, world: int) -> dict[str, Any]:
     from fastkd import linear_kd_loss
 
     problem = linear_cases.make_problem(case.inputs)
     part = shards(case.plan, case.inputs.vocab, world)[rank]
     hidden, weight, bias = problem.student
-    padded = lambda x, more: None if x is None else cut(x.detach().movedim(0, -1), part, more).movedim(-1, 0)  # noqa: E731
+    own = lambda x, more: cut(x.detach().movedim(0, -1), part, more).movedim(-1, 0)  # noqa: E731
+    row_major = lambda x: x.contiguous() if case.counted else x  # noqa: E731
+    padded = lambda x, more: None if x is None else row_major(own(x, more))  # noqa: E731
     weight, bias = (x if x is None else x.requires_grad_(not case.frozen) for x in (padded(weight, 1), padded(bias, 1)))
     teacher_hidden, teacher_weight, teacher_bias = problem.teacher
     given = {
