@@ -66,8 +66,10 @@ def linear_kd_loss(
         teacher_hidden, teacher_weight: ``(..., H')`` and ``(V, H')``, of a dtype of their own, without gradient; H'
             may differ. ``teacher_weight`` may be ``student_weight.detach()``.
         labels: ``(...)`` int64. Tokens equal to ``ignore_index`` have no loss and gradient 0. On the CPU they are left
-            out before the first product; on an accelerator, where their number is not known without waiting for it,
-            they cost their products: leave them out of the hidden states there if they are many.
+            out before the first product. On an accelerator their number is not known without waiting for it. On sm_90
+            and sm_100, with bf16 hidden states, ``logits_dtype=torch.bfloat16`` and no bias, the products read it there
+            and leave them out too (not yet measured on a GPU); elsewhere they cost their products: leave them out of
+            the hidden states if they are many.
         student_bias, teacher_bias: ``(V)``.
         teacher_logits: ``(..., V)`` in place of ``teacher_hidden`` and ``teacher_weight``.
         chunk_size: rows of a chunk, or ``auto``: as many as ``memory_budget`` holds.

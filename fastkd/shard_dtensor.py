@@ -16,7 +16,7 @@ from .shard import VocabShard
 
 def is_dtensor(x: object) -> bool:
     """Without an import of what most callers have no use for."""
-    return hasattr(x, "full_tensor")
+    return isinstance(x, Tensor) and hasattr(x, "full_tensor")
 
 
 class Layout(NamedTuple):

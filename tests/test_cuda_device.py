@@ -9,10 +9,11 @@ import torch
 
 np = pytest.importorskip("numpy", reason="the reference is written in numpy")
 
+import linear_cases  # noqa: E402
 import shard_cases  # noqa: E402
 from cases import CASES  # noqa: E402
 from device_inputs import run_on  # noqa: E402
-from inputs import LAYOUTS  # noqa: E402
+from inputs import BF16, FP32, LAYOUTS  # noqa: E402
 from reference import DIVERGENCES  # noqa: E402
 from shard_ranks import run_ranks  # noqa: E402
 from test_loss import problem_of  # noqa: E402
@@ -80,3 +81,26 @@ def test_native_shards(case: shard_cases.ShardCase, native_on: torch.device) -> 
     """Four ranks' columns, one after the other on one device."""
     shards = shard_cases.shards(case.plan, case.inputs.vocab, 4)
     shard_cases.assert_whole(case, run_ranks(lambda rank: shard_cases.run_rank(case, rank, 4, "cuda"), shards))
+
+
+@pytest.mark.parametrize("logits_dtype", [FP32, BF16])
+def test_linear_waits_for_nothing(logits_dtype: torch.dtype, native_on: torch.device) -> None:
+    """60 % of the rows are ignored; from sm_90 on the products of bf16 logits read the number of the others there."""
+    case = linear_cases.Case(rows=450, hidden=64, teacher_hidden=96, vocab=3001, dtype=BF16, ignored=0.6, bias=False)
+    problem, upstream = linear_cases.make_problem(case), torch.linspace(-1, 2, 450)
+    there = lambda x: None if x is None else x.detach().to(native_on)  # noqa: E731
+    student, teacher = ([there(x) for x in model] for model in (problem.student, problem.teacher))
+    for x in student[:2]:
+        x.requires_grad_()
+    moved = linear_cases.Problem(tuple(student), tuple(teacher), there(problem.labels))
+    options = {"temperature": 2.0, "ce_weight": 0.5, "reduction": "none"}
+    keywords = {"chunk_size": 128, "logits_dtype": logits_dtype, "backend": "native", **options}
+    up = upstream.to(native_on)
+    linear_cases.run(moved, up, **keywords)  # what is loaded, or tuned, in the first call
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outcome = linear_cases.run(moved, up, **keywords)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    outcome = linear_cases.Outcome(outcome.loss.cpu(), tuple(g.cpu() for g in outcome.gradients), None)
+    linear_cases.assert_right(problem, outcome, upstream, **options)
