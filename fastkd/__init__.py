@@ -3,7 +3,7 @@
 from .backends import backends, explain
 from .functional import kd_loss
 from .linear import linear_kd_loss
-from .linear_sparse import linear_sparse_kd_loss
+from .linear_sparse import LinearSparseKDLoss, linear_sparse_kd_loss
 from .modules import KDLoss, LinearKDLoss
 from .shard import VocabShard
 from .sparse import SparseKDLoss, sparse_kd_loss
@@ -15,6 +15,7 @@ __all__ = [
     "KDLoss",
     "KDStats",
     "LinearKDLoss",
+    "LinearSparseKDLoss",
     "SparseKDLoss",
     "TopKTeacher",
     "VocabShard",

@@ -15,7 +15,7 @@ from .sparse_ops import fused_sparse_kd_loss
 from .stats import KDStats
 from .topk import TopKTeacher
 
-_NOT_OPTIONS = ("teacher_softcap", "vocab", "vocab_shard")  # of the teacher's logits, which are not here
+NOT_OPTIONS = ("teacher_softcap", "vocab", "vocab_shard")  # of the teacher's logits, which are not here
 
 
 def _detached(x: Any) -> Any:
@@ -116,7 +116,7 @@ class SparseKDLoss(nn.Module):
 
     def __init__(self, **options) -> None:
         super().__init__()
-        allowed = [name for name in Options._fields if name not in _NOT_OPTIONS]
+        allowed = [name for name in Options._fields if name not in NOT_OPTIONS]
         unknown = sorted(set(options) - set(allowed))
         if unknown:
             raise TypeError(f"SparseKDLoss got unknown options {unknown}; allowed: {', '.join(allowed)}")
@@ -134,7 +134,7 @@ class SparseKDLoss(nn.Module):
         num_items_in_batch: int | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, KDStats]:
         """Shapes and errors as in :func:`fastkd.sparse_kd_loss`; ``temperature`` overrides the module's for once."""
-        keywords = {name: value for name, value in self.options._asdict().items() if name not in _NOT_OPTIONS}
+        keywords = {name: value for name, value in self.options._asdict().items() if name not in NOT_OPTIONS}
         if temperature is not None:
             keywords["temperature"] = temperature
         return sparse_kd_loss(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from sparse_cases import TAILS
 from test_sparse_api import both, teacher_of
 from torch import Tensor
 
-from fastkd import TopKTeacher, linear_sparse_kd_loss, sparse_kd_loss
+import fastkd
+from fastkd import LinearSparseKDLoss, TopKTeacher, linear_sparse_kd_loss, sparse_kd_loss
+from fastkd.linear_chunks import Call, linear_kd
+from fastkd.ops import scalars_of
+from fastkd.options import Options
 
 ROWS, HIDDEN, VOCAB = 13, 8, 60
 
@@ -136,3 +142,54 @@ def test_errors(backend: str) -> None:
         linear_sparse_kd_loss(hidden, weight, teacher, temperature=2.0, backend=backend)
     with pytest.raises(TypeError, match="chunk_size"):
         linear_sparse_kd_loss(hidden, weight, teacher, chunk_size=2.5, backend=backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("needs", [[True, True, True], [False, True, False]], ids=str)
+@pytest.mark.parametrize("tail,reduction", [("bucket", "mean"), ("sampled", "none")])
+def test_opcheck(tail: str, reduction: str, needs: list[bool], native: str) -> None:
+    hidden, weight, bias, logits = models()
+    teacher = teacher_of(logits, tail=tail)
+    drawn = torch.full(teacher.ids.shape, 1 / 6) if tail == "sampled" else None
+    student = (x.requires_grad_(need) for x, need in zip((hidden, weight, bias), needs))
+    options = Options(ce_weight=0.5, reduction=reduction, return_stats=True)
+    call = Call(
+        *student, None, None, None, None, everything()["labels"], torch.rand(ROWS), None, None,
+        scalars_of(options, last=teacher.temperature or 0.0), "forward_kl", True, -100, reduction, True, native, None,
+        None, 4, 0, needs, teacher.ids, teacher.logprobs, drawn, tail,
+    )  # fmt: skip
+    torch.library.opcheck(linear_kd, call)
+
+
+@both
+def test_module_is_the_function(backend: str) -> None:
+    hidden, weight, bias, logits = models()
+    teacher = teacher_of(logits, tail="renormalize")
+    module = LinearSparseKDLoss(chunk_size=5, temperature=2.0, ce_weight=0.5, return_stats=True, backend=backend)
+    words = f"chunk_size=5, temperature=2.0, ce_weight=0.5, return_stats=True, backend='{backend}'"
+    assert repr(module) == f"LinearSparseKDLoss({words})" and not list(module.parameters())
+    assert repr(LinearSparseKDLoss()) == "LinearSparseKDLoss()"
+    labels, weights = everything()["labels"], everything()["token_weights"]
+    tensors = {"student_bias": bias, "token_weights": weights, "num_items_in_batch": 11}
+    for temperature in (None, 3.0, torch.linspace(1, 2, ROWS)):
+        loss, stats = module(hidden, weight, teacher, labels, temperature=temperature, **tensors)
+        same, same_stats = linear_sparse_kd_loss(
+            hidden, weight, teacher, labels, temperature=2.0 if temperature is None else temperature, chunk_size=5,
+            ce_weight=0.5, return_stats=True, backend=backend, **tensors,
+        )  # fmt: skip
+        assert torch.equal(loss, same) and all(torch.equal(a, b) for a, b in zip(stats, same_stats))
+
+
+def test_the_module_takes_every_option_of_the_function_and_no_other() -> None:
+    per_call = {"student_hidden", "student_weight", "teacher", "labels", "student_bias", "token_weights"}
+    per_call.add("num_items_in_batch")
+    for name, parameter in inspect.signature(linear_sparse_kd_loss).parameters.items():
+        if name not in per_call:
+            LinearSparseKDLoss(**{name: parameter.default})
+    for wrong in ({"inplace": True}, {"teacher_softcap": 3.0}, {"vocab": "error"}, {"vocab_shard": None}, {"alpha": 1}):
+        with pytest.raises(TypeError, match=rf"unknown options \['{next(iter(wrong))}'\]; allowed: divergence"):
+            LinearSparseKDLoss(**wrong)
+    with pytest.raises(ValueError, match="chunk_size must be"):
+        LinearSparseKDLoss(chunk_size=0)
+    with pytest.raises(ValueError, match="temperature must be"):
+        LinearSparseKDLoss(temperature=-1.0)
+    assert "LinearSparseKDLoss" in fastkd.__all__
