@@ -16,7 +16,7 @@ from ..sparse_checks import check_teacher_values
 from ..sparse_eager import entries_of, mass_left
 from ..topk import TopKTeacher, mass_resolution
 from . import launch, sparse_kernels, sparse_named, sparse_row
-from .launch import Call, Outputs, Rows, Scalars, rows_or_copy, view_as_rows
+from .launch import Block, Call, Outputs, Rows, Scalars, rows_or_copy, view_as_rows
 from .ops import DEVICES, _check, _per_row
 from .sparse_plan import (
     FINISH_REGISTERS,
@@ -111,42 +111,55 @@ def _offsets(ids: Tensor, blocks: int, columns: int) -> Tensor:
     return torch.searchsorted(ids, starts, out_int32=True)
 
 
+def _arguments_of_teacher(call: Call, teacher: TopKTeacher, block: Block) -> dict[str, Any]:
+    o, device = call.numbers, call.student.data.device
+    valid = torch.ones(call.rows, dtype=torch.bool, device=device)
+    if call.labels is not None:
+        valid = call.labels != call.ignore_index
+    entries = prepare(teacher, call.columns, valid, o.temperature if call.temperatures is None else call.temperatures)
+    row_blocks = -(-call.columns // block.columns)
+    resolution = mass_resolution(teacher.logprobs.dtype)
+    return {
+        "ids": entries.ids, "log2_ps": entries.log2_p, "draws": entries.weights, "rest_of": entries.rest,
+        "offsets": _offsets(entries.ids, row_blocks, block.columns), "row_blocks": row_blocks, "k": teacher.k,
+        "kind": _kind_of(call, teacher), "resolution": resolution,
+        "lowest": math.log2(resolution) if teacher.tail == "bucket" else float("-inf"),
+    }  # fmt: skip
+
+
+def _arguments_of_call(call: Call, row_loss: Tensor, stats: Tensor | None, scales: Tensor, unit: int) -> dict[str, Any]:
+    """A tensor that is not there is replaced by one of its dtype, which is not read."""
+    beta, beta_rest, *others = launch._options_of(call)
+    beta, beta_rest = {"forward_kl": (1.0, 0.0), "reverse_kl": (0.0, 1.0)}.get(call.divergence, (beta, beta_rest))
+    return {
+        **_rows_in_units("student", "s", call.student, unit),
+        **_rows_in_units("gradient", "d", call.gradient or call.student, unit),
+        "width": call.columns // unit, "UNIT": unit, "rows": call.rows, "scales": scales, "row_loss": row_loss,
+        "stats": row_loss if stats is None else stats,
+        "labels": scales.view(torch.int64) if call.labels is None else call.labels,
+        "weights": scales if call.weights is None else call.weights,
+        "temperatures": scales if call.temperatures is None else call.temperatures,
+        "ignore_index": call.ignore_index, "flags": _flags_of(call), "temperature": call.numbers.temperature,
+        "softcap": call.numbers.student_softcap, **dict(zip(OPTIONS, (beta, beta_rest, *others))),
+    }  # fmt: skip
+
+
 class _Launches:
-    """What the kernels of one call are given, under the names of their parameters."""
+    """The kernels of one call, given what they ask for by the names of their parameters."""
 
     def __init__(self, call: Call, teacher: TopKTeacher, row_loss: Tensor, stats: Tensor | None, scales: Tensor):
         self.call, self.device = call, call.student.data.device
         self.new = functools.partial(row_loss.new_empty, dtype=torch.float32)
         unit = unit_of(call.student, call.gradient, call.columns)
-        plan = plan_of(
+        self.plan = plan_of(
             call.rows, call.columns, call.student.data.element_size(), unit, call.gradient is not None,
             (launch.processors_of(self.device), cache_of(self.device)),
         )  # fmt: skip
-        self.plan, self.row_blocks = plan, -(-call.columns // plan.block.columns)
-        o, (beta, beta_rest, *rest_of_options) = call.numbers, launch._options_of(call)
-        valid = torch.ones(call.rows, dtype=torch.bool, device=self.device)
-        if call.labels is not None:
-            valid = call.labels != call.ignore_index
-        temperature = o.temperature if call.temperatures is None else call.temperatures
-        entries = prepare(teacher, call.columns, valid, temperature)
-        resolution = mass_resolution(teacher.logprobs.dtype)
-        lowest = math.log2(resolution) if teacher.tail == "bucket" else float("-inf")
-        gradient = call.gradient or call.student
-        beta, beta_rest = {"forward_kl": (1.0, 0.0), "reverse_kl": (0.0, 1.0)}.get(call.divergence, (beta, beta_rest))
         self.arguments = {
-            **_rows_in_units("student", "s", call.student, unit), **_rows_in_units("gradient", "d", gradient, unit),
-            "width": call.columns // unit, "ids": entries.ids, "log2_ps": entries.log2_p, "draws": entries.weights,
-            "rest_of": entries.rest, "offsets": _offsets(entries.ids, self.row_blocks, plan.block.columns),
-            "named": scales if call.gradient is None else self.new((call.rows, teacher.k)), "scales": scales,
-            "row_loss": row_loss, "stats": row_loss if stats is None else stats,
-            "labels": scales.view(torch.int64) if call.labels is None else call.labels,
-            "weights": scales if call.weights is None else call.weights,
-            "temperatures": scales if call.temperatures is None else call.temperatures,
-            "rows": call.rows, "ignore_index": call.ignore_index, "k": teacher.k, "row_blocks": self.row_blocks,
-            "flags": _flags_of(call), "kind": _kind_of(call, teacher), "temperature": o.temperature,
-            "softcap": o.student_softcap, "lowest": lowest, "resolution": resolution,
-            **dict(zip(OPTIONS, (beta, beta_rest, *rest_of_options))), "UNIT": unit,
-        }  # fmt: skip
+            **_arguments_of_call(call, row_loss, stats, scales, unit),
+            **_arguments_of_teacher(call, teacher, self.plan.block),
+            "named": scales if call.gradient is None else self.new((call.rows, teacher.k)),
+        }
 
     def run(self, kernel: Any, programs: int, threads: int, registers: int, **more: Any) -> None:
         given = {**self.arguments, **more}
