@@ -17,6 +17,7 @@ from torch import Tensor
 from . import counted, ops
 
 CPU_PIECE, PIECE = 2048, 16384  # columns of the vocabulary
+WIDE = 1024  # H from which the CPU's products of the hidden states' gradient take twice the columns
 TURNED_PAD = 16  # floats after a row of a turned part: at a stride of 64 KiB its columns would meet in one cache set
 OWN_MAPPING = 32 << 20  # bytes from which glibc gives a block its own mapping, and its memory back when it is freed
 
@@ -36,9 +37,9 @@ def logits_dtype_for(dtype: torch.dtype, device: torch.device, asked: torch.dtyp
     return torch.float32 if dtype == torch.float16 or _writes_fp32(device) else dtype
 
 
-def pieces(vocab: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cover ``range(vocab)``."""
-    step = CPU_PIECE if device.type == "cpu" else PIECE
+def pieces(vocab: int, device: torch.device, on_cpu: int = CPU_PIECE) -> Iterator[slice]:
+    """Slices that cover ``range(vocab)``; on_cpu: their columns on the CPU."""
+    step = on_cpu if device.type == "cpu" else PIECE
     return (slice(start, min(start + step, vocab)) for start in range(0, vocab, step))
 
 
@@ -145,7 +146,7 @@ def hidden_gradient(gradient: Tensor, weight: Tensor, free: Tensor | None = None
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     total = gradient.new_zeros(gradient.shape[0], weight.shape[1], dtype=dtype)
     dtype = _operands(gradient, weight.dtype)
-    for piece in pieces(weight.shape[0], weight.device):
+    for piece in pieces(weight.shape[0], weight.device, CPU_PIECE if weight.shape[1] < WIDE else 2 * CPU_PIECE):
         _add_product(total, gradient[:, piece].to(dtype), weight[piece].to(dtype), free)
     return total
 
@@ -194,7 +195,7 @@ class WeightGradient:
         parts = self.parts or self._new_parts(gradient.shape[1])
         for number, part in enumerate(parts):
             columns = gradient[:, number * self.part_rows : (number + 1) * self.part_rows]
-            for piece in pieces(columns.shape[1], self.device):
+            for piece in pieces(columns.shape[1], self.device, 2 * CPU_PIECE):
                 if self.turned:
                     product(part[:, piece], hidden, columns[:, piece], free)
                 else:
