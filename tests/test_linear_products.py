@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from inputs import BF16, FP16, FP32, FP64
+from test_lingering import mapped
 from torch import Tensor
 from torch.library import opcheck
 
@@ -97,7 +98,7 @@ def test_logits_and_a_weights_gradient_take_turns_in_memory_that_lingers(native:
 
     first = gradient(1.0)
     kept, logits = first.clone(), 32 * vocab * 2
-    assert ops.release_lingering_memory() == -(-logits // 4096) * 4096, "the teacher's logits; the gradient is in use"
+    assert ops.release_lingering_memory() == mapped(logits), "the teacher's logits; the gradient is in use"
     address = first.data_ptr()
     other = gradient(2.0)
     assert other.data_ptr() != address and torch.equal(first, kept), "one that is alive is left alone"
@@ -106,4 +107,4 @@ def test_logits_and_a_weights_gradient_take_turns_in_memory_that_lingers(native:
     assert torch.equal(again, kept)
     del again
     lingering = ops.release_lingering_memory()
-    assert lingering == sum(-(-n // 4096) * 4096 for n in (logits, vocab * hidden * 2)) and lingering > 0
+    assert lingering == mapped(logits) + mapped(vocab * hidden * 2)

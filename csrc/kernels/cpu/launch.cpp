@@ -28,7 +28,8 @@ struct Free {
 class ThreadScratch {
  public:
   RowScratch for_columns(int64_t columns) {
-    const int64_t blocks = blocks_of(columns), width = blocks * kBlock;
+    const int64_t blocks = blocks_of(columns);
+    const int64_t width = blocks * kBlock + static_cast<int64_t>(kPage / sizeof(float));
     const int64_t floats = 4 * width * static_cast<int64_t>(sizeof(float));
     const int64_t pieces = blocks * static_cast<int64_t>(sizeof(Piece));
     const int64_t bytes = floats + pieces + blocks * static_cast<int64_t>(sizeof(TermSums) + sizeof(bool));

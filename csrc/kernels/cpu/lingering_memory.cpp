@@ -41,8 +41,10 @@ struct Limit {
 
 #if defined(__linux__)
 
+void* mapping_of(const LingeringMemory* memory) { return static_cast<char*>(memory->data) - kPastPage; }
+
 void unmap(LingeringMemory* memory) {
-  munmap(memory->data, memory->capacity);
+  munmap(mapping_of(memory), memory->capacity);
   delete memory;
 }
 
@@ -75,24 +77,23 @@ long long linger_limit(const char** error) {
 
 LingeringMemory* take_memory(size_t bytes, long long limit, Lingers kind) {
   if (bytes < kSmallest || limit < 0 || bytes > static_cast<size_t>(limit)) return nullptr;
-  const size_t capacity = (bytes + kPage - 1) / kPage * kPage;
+  const size_t needed = bytes + kPastPage, capacity = (needed + kPage - 1) / kPage * kPage;
   if (LingeringMemory* kept = lingering_of(kind).exchange(nullptr)) {
     // much larger memory would hold on to pages that nobody uses
-    if (kept->capacity >= bytes && kept->capacity / 2 <= bytes) return kept;
+    if (kept->capacity >= needed && kept->capacity / 2 <= needed) return kept;
     unmap(kept);
   }
-  void* data = map_aligned(capacity, kind == Lingers::large_gradient);
-  if (!data) return nullptr;
-  auto* memory = new (std::nothrow) LingeringMemory{data, capacity, static_cast<size_t>(limit), kind};
-  if (!memory) munmap(data, capacity);
+  void* mapping = map_aligned(capacity, kind == Lingers::large_gradient);
+  if (!mapping) return nullptr;
+  void* data = static_cast<char*>(mapping) + kPastPage;
+  auto* memory = new (std::nothrow) LingeringMemory{data, capacity, kind};
+  if (!memory) munmap(mapping, capacity);
   return memory;
 }
 
 void free_memory(LingeringMemory* memory) {
   // from here on the system may take the pages, but need not: written again before that, they cost nothing
-  if (memory->capacity > memory->max_linger || madvise(memory->data, memory->capacity, MADV_FREE) != 0) {
-    return unmap(memory);
-  }
+  if (madvise(mapping_of(memory), memory->capacity, MADV_FREE) != 0) return unmap(memory);
   if (LingeringMemory* other = lingering_of(memory->kind).exchange(memory)) unmap(other);
 }
 

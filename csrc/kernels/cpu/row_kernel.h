@@ -37,7 +37,7 @@ struct RowJob {
         student(p.student.row(n)),
         teacher(p.teacher.row(n)),
         gradient(p.gradient.data ? p.gradient.row(n) : nullptr),
-        scratch(s) {
+        scratch(s.apart_from(teacher)) {
     if (p.temperatures) options.temperature = p.temperatures[n];
     softening = {options.temperature, kLog2e / options.temperature};
     hard = hard_source(options.temperature, p.needs_hard());
