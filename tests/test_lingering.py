@@ -222,8 +222,8 @@ except RuntimeError as error:
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [("", str(mapped(BYTES))), ("0", "0"), (str(BYTES - 1), "0"), (str(BYTES), str(mapped(BYTES))), ("1G", "FASTKD_LINGER_BYTES=1G"),
-     ("-1", "not a number of bytes >= 0")],
+    [("", str(mapped(BYTES))), ("0", "0"), (str(BYTES - 1), "0"), (str(BYTES), str(mapped(BYTES))),
+     ("1G", "FASTKD_LINGER_BYTES=1G"), ("-1", "not a number of bytes >= 0")],
 )  # fmt: skip
 def test_switch(value: str, words: str) -> None:
     environment = {**os.environ, "FASTKD_LINGER_BYTES": value}
