@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .report import Result, machine
 
@@ -83,6 +84,9 @@ def _draw_panel(axis: Axes, dtype: str, group: list[Result]) -> None:
     axis.barh(places, middle, xerr=[below, above], color=colours, error_kw={"lw": 0.8})
     axis.set_yticks(places, names)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.invert_yaxis()
     axis.set_title(f"{dtype}, {title}", fontsize=9, loc="left")
     axis.set_xlabel("milliseconds (log scale), line: p20 – p80", fontsize=8)
