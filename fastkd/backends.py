@@ -244,9 +244,14 @@ def backends() -> Explanation:
     missing = _triton_is_missing()
     triton = f"not available: {missing}" if missing else f"{', '.join(_TRITON_DEVICES)} (CUDA, ROCm, Intel)"
     runs = "" if ops.isa_error else "eager" if ops.load_error else "native"
-    sharded = {name: ", ".join(parts.devices or ()) for name, parts in shard_ops.registered.items()}
+    native_parts = shard_ops.registered.get("native")
+    sharded = {
+        "native": ", ".join((native_parts and native_parts.devices) or ()) or "no device",
+        "triton": ", ".join(_TRITON_DEVICES),  # registered when it is first used
+        "eager": "any device",
+    }
     words = {"native": native, "triton": triton, "eager": "any device that torch has"}
-    for name in words:
-        on = "any device" if name == "eager" else sharded.get(name) or "no device"
-        words[name] += f"; vocab_shard: {on}"
+    for name, on in sharded.items():
+        if not words[name].startswith("not available"):
+            words[name] += f"; vocab_shard: {on}"
     return Explanation(runs, words)
