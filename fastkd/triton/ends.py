@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from .kernels import CHANGING, block_columns, row_offset
+from .blocks import load_one_block, row_offset, run_time, store_block
+from .row import LABELS, STUDENT_FP16, WEIGHTS, WIDE, has
+
+# Bits of `asked` besides those of row.py
+MEAN = tl.constexpr(512)
+ITEMS = tl.constexpr(1024)  # the mean's denominator is given
+NORMALISED = tl.constexpr(2048)  # the gradient is stored divided by it
+IN_PLACE = tl.constexpr(4096)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@run_time
 def scale_kernel(
-    scales, pending, labels, weights, num_items, rows, ignore_index,
-    MEAN: tl.constexpr, NORMALISED: tl.constexpr, BLOCK: tl.constexpr,
+    scales, pending, labels, weights, num_items, rows, ignore_index: tl.int64, asked, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scales: 1 / denominator of the mean (1 for the other reductions), and as much of it as the stored gradient has
     (NORMALISED: all); pending: what it still lacks. One program."""
-    denominator = 1.0
-    if MEAN:
-        if num_items is not None:
+    denominator = tl.full([], 1.0, tl.float32)
+    if has(asked, MEAN):
+        if has(asked, ITEMS):
             denominator = tl.load(num_items)
         else:
             lanes = tl.zeros([BLOCK], tl.float32)
             for start in range(0, rows, BLOCK):
                 n = start + tl.arange(0, BLOCK)
-                weight = tl.full([BLOCK], 1.0, tl.float32)
-                if weights is not None:
-                    weight = tl.load(weights + n, mask=n < rows, other=0.0)
-                counts = n < rows
-                if labels is not None:
-                    counts = counts & (tl.load(labels + n, mask=n < rows, other=0) != ignore_index)
-                lanes += tl.where(counts, weight, 0.0)
+                weight = tl.load(weights + n, mask=n < tl.where(has(asked, WEIGHTS), rows, 0), other=1.0)
+                # a label that is not there is any but the ignored one
+                label = tl.load(labels + n, mask=n < tl.where(has(asked, LABELS), rows, 0), other=ignore_index ^ 1)
+                lanes += tl.where((n < rows) & (label != ignore_index), weight, 0.0)
             denominator = tl.sum(lanes, axis=0)
     scale = 1.0 / tl.where(denominator == 0, 1.0, denominator)  # no token: the sum, which is 0, stays as it is
+    normalised = has(asked, NORMALISED)
     tl.store(scales, scale)
-    tl.store(scales + 1, scale if NORMALISED else 1.0)
-    tl.store(pending, 1.0 if NORMALISED else scale)
+    tl.store(scales + 1, tl.where(normalised, scale, 1.0))
+    tl.store(pending, tl.where(normalised, 1.0, scale))
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@run_time
 def total_kernel(loss, row_loss, scales, rows, BLOCK: tl.constexpr):
     """The loss: the sum over rows times 1 / denominator, in an order that depends on BLOCK alone. One program."""
     lanes = tl.zeros([BLOCK], tl.float32)
@@ -47,20 +50,19 @@ def total_kernel(loss, row_loss, scales, rows, BLOCK: tl.constexpr):
     tl.store(loss, tl.sum(lanes, axis=0) * tl.load(scales))
 
 
-@triton.jit(do_not_specialize=[*CHANGING, "upstream_stride"])
+@run_time
 def rescale_kernel(
-    source, s_inner, s_outer, s_stride, scaled, d_inner, d_outer, d_stride, width, upstream, upstream_stride, pending,
-    splits, blocks, INPLACE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    source, s_inner, s_outer: tl.int64, s_stride: tl.int64, scaled, d_inner, d_outer: tl.int64, d_stride: tl.int64,
+    width, upstream, upstream_stride, pending, asked, splits, blocks, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """scaled = source * upstream * pending, row by row. In place, a row whose factor is 1 is not touched."""
     n, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     factor = tl.load(upstream + n.to(tl.int64) * upstream_stride) * tl.load(pending)
-    if INPLACE:
-        if factor == 1:
-            return
+    if has(asked, IN_PLACE) & (factor == 1):
+        return
     s_row = source + row_offset(n, s_inner, s_outer, s_stride)
     d_row = scaled + row_offset(n, d_inner, d_outer, d_stride)
+    fp16, wide = has(asked, STUDENT_FP16), has(asked, WIDE)
     for block in range(split * blocks, tl.minimum((split + 1) * blocks, tl.cdiv(width, LANES * VECTOR))):
-        columns = block_columns(block, LANES, VECTOR)
-        x = tl.load(s_row + columns, mask=columns < width, other=0.0).to(tl.float32)
-        tl.store(d_row + columns, (factor * x).to(scaled.dtype.element_ty), mask=columns < width)
+        x = load_one_block(s_row, block, width, fp16, wide, LANES, VECTOR)
+        store_block(d_row, block, factor * x, width, fp16, wide, LANES, VECTOR)

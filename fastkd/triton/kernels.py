@@ -13,9 +13,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .blocks import (
+    before,
+    block_columns,
+    clear_row,
+    first_columns,
+    load_blocks,
+    logit_at_column,
+    row_offset,
+    run_time,
+    store_block,
+)
 from .pieces import FIELDS, LABEL_FIELD, MAX_PIECES, merged_pieces, store_piece
 from .row import (
+    CHECKED,
+    HARD,
+    LABELS,
     LN2,
+    STATS,
+    STUDENT_FP16,
+    TEMPERATURES,
+    WEIGHTS,
+    WIDE,
     RowOptions,
     Softening,
     coefficients_of,
@@ -24,64 +43,41 @@ from .row import (
     divergence_of,
     empty_piece,
     gradient_of_block,
+    has,
     softcapped,
     terms_of_block,
     with_block,
 )
 
-# Run-time integers that change while training: neither their value nor their divisibility compiles a kernel anew.
-CHANGING = ["rows", "splits", "blocks", "pieces_per_row", "ignore_index", "s_inner", "t_inner", "d_inner"]
-
 
 @triton.jit
-def row_offset(n, inner, outer_stride, inner_stride):
-    """Offset of row n in elements, 64 bits: rows lie on two levels of strides, `inner` of them per outer step."""
-    return (n // inner).to(tl.int64) * outer_stride + (n % inner).to(tl.int64) * inner_stride
-
-
-@triton.jit
-def block_columns(block, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """(LANES, VECTOR) columns of a block."""
-    start = block * (LANES * VECTOR)
-    return start + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-
-
-@triton.jit
-def load_block(row, columns, width, softcap, CAPPED: tl.constexpr):
-    x = tl.load(row + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
-    if CAPPED:
-        x = softcapped(x, softcap)
-    return x
-
-
-@triton.jit
-def softening_of(temperature, temperatures, n):
+def softening_of(temperature, temperatures, n, given=True):
     if temperatures is not None:
-        temperature = tl.load(temperatures + n)
+        temperature = tl.load(temperatures + n, mask=given, other=temperature)
     return Softening(temperature, 1.4426950408889634 / temperature)  # log2(e) / T
 
 
 @triton.jit
-def label_of(labels, n):
+def label_of(labels, n, given=True):
     label = tl.full([], -1, tl.int64)
     if labels is not None:
-        label = tl.load(labels + n)
+        label = tl.load(labels + n, mask=given, other=-1)
     return label
 
 
 @triton.jit
-def poison_of(labels, label, width, soft):
+def poison_of(labels, label, width, soft, checked=True):
     """NaN for a row whose label or temperature is out of range, else 0: nothing on the device can raise."""
     poison = tl.where(soft.temperature > 0, tl.where(soft.temperature < float("inf"), 0.0, float("nan")), float("nan"))
     if labels is not None:
-        poison = tl.where((label < 0) | (label >= width), float("nan"), poison)
+        poison = tl.where(((label < 0) | (label >= width)) & checked, float("nan"), poison)
     return poison
 
 
 @triton.jit
-def logit_at(row, label, width, softcap, CAPPED: tl.constexpr):
-    x = tl.load(row + label, mask=(label >= 0) & (label < width), other=0.0).to(tl.float32)
-    if CAPPED:
+def student_logit(row, label, width, asked, softcap, FULL: tl.constexpr):
+    x = logit_at_column(row, label, width, has(asked, STUDENT_FP16))
+    if FULL:
         x = softcapped(x, softcap)
     return x
 
@@ -103,6 +99,76 @@ def write_stats(at, rows, kd, ce, row):
 
 
 @triton.jit
+def finish_row(
+    n, rows, row, term_sum, dlogq_sum, label_logit, poison, scales, weights, row_loss, stats, first_program, o, soft,
+    asked, DIVERGENCE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Writes the row's loss and statistics (by its first program) and returns the coefficients of its gradient."""
+    weight = tl.load(weights + n, mask=has(asked, WEIGHTS), other=1.0)
+    kd = divergence_of(row, term_sum, o, DIVERGENCE)
+    squared = tl.where(o.by_t2 != 0, soft.temperature * soft.temperature, 1.0)
+    loss = tl.where(o.kd_weight == 0, 0.0, o.kd_weight * squared * kd)  # a part of weight 0 may be infinite
+    ce = tl.full([], 0.0, tl.float32)
+    if has(asked, HARD):
+        ce = cross_entropy_of(row, label_logit, o, soft)
+        loss += tl.where(o.ce_weight == 0, 0.0, o.ce_weight * ce)
+    if first_program:
+        tl.store(row_loss + n, weight * loss + poison)
+        if FULL:
+            if has(asked, STATS):
+                write_stats(stats + n, rows.to(tl.int64), kd, ce, row)
+    return coefficients_of(row, dlogq_sum, weight * tl.load(scales + 1), poison, o, soft, asked, DIVERGENCE)
+
+
+@triton.jit
+def ignore_row(n, rows, row_loss, stats, with_stats=True):
+    tl.store(row_loss + n, 0.0)
+    if stats is not None:
+        if with_stats:
+            for i in tl.static_range(5):
+                tl.store(stats + n + i * rows.to(tl.int64), 0.0)
+
+
+@triton.jit
+def through_softcap(d, s, softcap):
+    """s: softcapped logits, whose chain rule is 1 - (s / cap)^2; a mask is left as it is."""
+    u = s / tl.where(softcap > 0, softcap, 1.0)
+    return d * tl.where((s == float("-inf")) | (softcap == 0), 1.0, 1.0 - u * u)
+
+
+@triton.jit
+def store_gradient_block(
+    row, block, d, s, shared_width, width, softcap, asked,
+    FULL: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    if FULL:
+        if softcap != 0:
+            d = through_softcap(d, s, softcap)
+    if shared_width < width:  # beyond the shared vocabulary
+        d = tl.where(before(shared_width - first_columns(block, LANES, VECTOR), VECTOR), d, 0.0)
+    store_block(row, block, d, width, has(asked, STUDENT_FP16), has(asked, WIDE), LANES, VECTOR)
+
+
+# --- the same of a tensor in its own dtype, for the kernels with a sparse teacher -----------------------------------
+
+
+@triton.jit
+def load_block(row, columns, width, softcap, CAPPED: tl.constexpr):
+    x = tl.load(row + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+    if CAPPED:
+        x = softcapped(x, softcap)
+    return x
+
+
+@triton.jit
+def logit_at(row, label, width, softcap, CAPPED: tl.constexpr):
+    x = tl.load(row + label, mask=(label >= 0) & (label < width), other=0.0).to(tl.float32)
+    if CAPPED:
+        x = softcapped(x, softcap)
+    return x
+
+
+@triton.jit
 def zero_row(gradient, width, first, last, LANES: tl.constexpr, VECTOR: tl.constexpr):
     for block in range(first, last):
         columns = block_columns(block, LANES, VECTOR)
@@ -111,97 +177,61 @@ def zero_row(gradient, width, first, last, LANES: tl.constexpr, VECTOR: tl.const
 
 
 @triton.jit
-def finish_row(
-    n, rows, row, term_sum, dlogq_sum, label_logit, poison, scales, weights, row_loss, stats, first_program, o, soft,
-    DIVERGENCE: tl.constexpr, HARD: tl.constexpr,
-):  # fmt: skip
-    """Writes the row's loss and statistics (by its first program) and returns the coefficients of its gradient."""
-    weight = 1.0
-    if weights is not None:
-        weight = tl.load(weights + n)
-    kd = divergence_of(row, term_sum, o, DIVERGENCE)
-    squared = tl.where(o.by_t2 != 0, soft.temperature * soft.temperature, 1.0)
-    loss = tl.where(o.kd_weight == 0, 0.0, o.kd_weight * squared * kd)  # a part of weight 0 may be infinite
-    ce = 0.0
-    if HARD:
-        ce = cross_entropy_of(row, label_logit, o, soft)
-        loss += tl.where(o.ce_weight == 0, 0.0, o.ce_weight * ce)
-    if first_program:
-        tl.store(row_loss + n, weight * loss + poison)
-        if stats is not None:
-            write_stats(stats + n, rows.to(tl.int64), kd, ce, row)
-    return coefficients_of(row, dlogq_sum, weight * tl.load(scales + 1), poison, o, soft, DIVERGENCE, HARD)
-
-
-@triton.jit
-def ignore_row(n, rows, row_loss, stats):
-    tl.store(row_loss + n, 0.0)
-    if stats is not None:
-        for i in tl.static_range(5):
-            tl.store(stats + n + i * rows.to(tl.int64), 0.0)
-
-
-@triton.jit
 def store_gradient(gradient, d, s, columns, columns_shared, width, softcap, CAPPED: tl.constexpr):
-    """s: softcapped logits, whose chain rule is 1 - (s / cap)^2; a mask is left as it is."""
     if CAPPED:
-        u = s / tl.where(softcap > 0, softcap, 1.0)
-        d *= tl.where((s == float("-inf")) | (softcap == 0), 1.0, 1.0 - u * u)
-    d = tl.where(columns < columns_shared, d, 0.0)  # beyond the shared vocabulary
+        d = through_softcap(d, s, softcap)
+    d = tl.where(columns < columns_shared, d, 0.0)
     tl.store(gradient + columns, d.to(gradient.dtype.element_ty), mask=columns < width)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@run_time
 def sums_kernel(
-    student, s_inner, s_outer, s_stride, teacher, t_inner, t_outer, t_stride, width, pieces, labels, temperatures,
-    ignore_index, splits, blocks, temperature, student_softcap, teacher_softcap,
-    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, STATS: tl.constexpr, CAPPED: tl.constexpr,
-    LANES: tl.constexpr, VECTOR: tl.constexpr,
+    student, s_inner, s_outer: tl.int64, s_stride: tl.int64, teacher, t_inner, t_outer: tl.int64, t_stride: tl.int64,
+    width, pieces, labels, temperatures, ignore_index: tl.int64, asked, splits, blocks,
+    temperature, student_softcap, teacher_softcap,
+    DIVERGENCE: tl.constexpr, FULL: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """First sweep: the sums of one piece of a row. Programs (row, split); reads 2 N V."""
     program = tl.program_id(0)
     n, split = program // splits, program % splits
-    label = label_of(labels, n)
-    if labels is not None:
-        if label == ignore_index:
-            return
-    soft = softening_of(temperature, temperatures, n)
+    label = label_of(labels, n, has(asked, LABELS))
+    if has(asked, LABELS) & (label == ignore_index):
+        return
+    soft = softening_of(temperature, temperatures, n, has(asked, TEMPERATURES))
     s_row = student + row_offset(n, s_inner, s_outer, s_stride)
     t_row = teacher + row_offset(n, t_inner, t_outer, t_stride)
-    label_logit = 0.0
-    if HARD:  # in place, the sweep of the gradient finds it overwritten
-        label_logit = logit_at(s_row, label, width, student_softcap, CAPPED)
+    # in place, the sweep of the gradient finds it overwritten
+    label_logit = student_logit(s_row, label, width, asked, student_softcap, FULL)
     p = empty_piece(LANES)
     for block in range(split * blocks, tl.minimum((split + 1) * blocks, tl.cdiv(width, LANES * VECTOR))):
-        columns = block_columns(block, LANES, VECTOR)
-        s = load_block(s_row, columns, width, student_softcap, CAPPED)
-        t = load_block(t_row, columns, width, teacher_softcap, CAPPED)
-        p = with_block(p, s, t, block * (LANES * VECTOR), columns, width, soft, DIVERGENCE, HARD, STATS)
-    p = collapsed(p, soft, DIVERGENCE, HARD, STATS)
-    store_piece(pieces + program.to(tl.int64) * FIELDS, p, label_logit, DIVERGENCE, HARD, STATS)
+        s, t = load_blocks(s_row, t_row, block, width, asked, student_softcap, teacher_softcap, FULL, LANES, VECTOR)
+        p = with_block(p, s, t, first_columns(block, LANES, VECTOR), width, soft, asked, DIVERGENCE, FULL)
+    p = collapsed(p, soft, asked, DIVERGENCE, FULL)
+    store_piece(pieces + program.to(tl.int64) * FIELDS, p, label_logit, asked, DIVERGENCE, FULL)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@run_time
 def terms_kernel(
-    student, s_inner, s_outer, s_stride, teacher, t_inner, t_outer, t_stride, width, pieces, terms, labels,
-    temperatures, ignore_index, splits, blocks, temperature, student_softcap, teacher_softcap, beta, beta_rest,
-    DIVERGENCE: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    student, s_inner, s_outer: tl.int64, s_stride: tl.int64, teacher, t_inner, t_outer: tl.int64, t_stride: tl.int64,
+    width, pieces, terms, labels, temperatures, ignore_index: tl.int64, asked, splits, blocks,
+    temperature, student_softcap, teacher_softcap, beta, beta_rest,
+    DIVERGENCE: tl.constexpr, FULL: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Second sweep of jsd, total_variation and the skew divergences: sums of term and dlogq; reads 2 N V."""
     program = tl.program_id(0)
     n, split = program // splits, program % splits
-    if labels is not None:
-        if label_of(labels, n) == ignore_index:
-            return
-    soft = softening_of(temperature, temperatures, n)
-    row = merged_pieces(pieces + n.to(tl.int64) * splits * FIELDS, splits, soft, DIVERGENCE, False, False)
+    if has(asked, LABELS) & (label_of(labels, n, has(asked, LABELS)) == ignore_index):
+        return
+    soft = softening_of(temperature, temperatures, n, has(asked, TEMPERATURES))
+    row = merged_pieces(pieces + n.to(tl.int64) * splits * FIELDS, splits, soft, 0, DIVERGENCE, False)
     s_row = student + row_offset(n, s_inner, s_outer, s_stride)
     t_row = teacher + row_offset(n, t_inner, t_outer, t_stride)
     term_sum, dlogq_sum = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     for block in range(split * blocks, tl.minimum((split + 1) * blocks, tl.cdiv(width, LANES * VECTOR))):
-        columns = block_columns(block, LANES, VECTOR)
-        s = load_block(s_row, columns, width, student_softcap, CAPPED)
-        t = load_block(t_row, columns, width, teacher_softcap, CAPPED)
+        s, t = load_blocks(s_row, t_row, block, width, asked, student_softcap, teacher_softcap, FULL, LANES, VECTOR)
         value, dlogq, _e_s, _y_s = terms_of_block(s, t, row, soft, beta, beta_rest, DIVERGENCE)
         term_sum += tl.sum(value, axis=1)
         dlogq_sum += tl.sum(dlogq, axis=1)
@@ -210,95 +240,84 @@ def terms_kernel(
     tl.store(at + 1, tl.sum(dlogq_sum, axis=0))
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@run_time
 def gradient_kernel(
-    student, s_inner, s_outer, s_stride, teacher, t_inner, t_outer, t_stride, gradient, d_inner, d_outer, d_stride,
-    width, gradient_width, pieces, terms, scales, row_loss, stats, labels, weights, temperatures,
-    rows, ignore_index, splits, blocks, pieces_per_row, temperature, student_softcap, teacher_softcap,
+    student, s_inner, s_outer: tl.int64, s_stride: tl.int64, teacher, t_inner, t_outer: tl.int64, t_stride: tl.int64,
+    gradient, d_inner, d_outer: tl.int64, d_stride: tl.int64, width, gradient_width, pieces, terms, scales, row_loss,
+    stats, labels, weights, temperatures, rows, ignore_index: tl.int64, asked, splits, blocks, pieces_per_row,
+    temperature, student_softcap, teacher_softcap,
     beta, beta_rest, by_t2, kd_weight, ce_weight, label_smoothing, z_loss,
-    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr, FULL: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Last sweep: loss and statistics of a row, and its gradient; reads 2 N V, writes N V, which may be the student's
-    own memory. Without a gradient it reads no logit."""
+    own memory. For the value alone gradient_width is 0, and no logit is read."""
     # rows in the opposite order of the sweep before: its last rows are still in the cache
     n, split = rows - 1 - tl.program_id(0) // splits, tl.program_id(0) % splits
     first = split * blocks
     last = tl.minimum(first + blocks, tl.cdiv(gradient_width, LANES * VECTOR))
-    label = label_of(labels, n)
-    if gradient is not None:
-        d_row = gradient + row_offset(n, d_inner, d_outer, d_stride)
-    if labels is not None:
-        if label == ignore_index:
-            if split == 0:
-                ignore_row(n, rows, row_loss, stats)
-            if gradient is not None:
-                zero_row(d_row, gradient_width, first, last, LANES, VECTOR)
-            return
-    soft = softening_of(temperature, temperatures, n)
+    label = label_of(labels, n, has(asked, LABELS))
+    d_row = gradient + row_offset(n, d_inner, d_outer, d_stride)
+    if has(asked, LABELS) & (label == ignore_index):
+        if split == 0:
+            ignore_row(n, rows, row_loss, stats, has(asked, STATS))
+        clear_row(d_row, gradient_width, first, last, has(asked, WIDE), LANES, VECTOR)
+        return
+    soft = softening_of(temperature, temperatures, n, has(asked, TEMPERATURES))
     o = RowOptions(beta, beta_rest, by_t2, kd_weight, ce_weight, label_smoothing, z_loss)
     at = pieces + n.to(tl.int64) * pieces_per_row * FIELDS
-    row = merged_pieces(at, pieces_per_row, soft, DIVERGENCE, HARD, stats is not None)
-    label_logit, term_sum, dlogq_sum = 0.0, 0.0, 0.0
-    if HARD:
-        label_logit = tl.load(at + LABEL_FIELD)
-    if terms is not None:
+    row = merged_pieces(at, pieces_per_row, soft, asked, DIVERGENCE, FULL)
+    label_logit = tl.load(at + LABEL_FIELD, mask=has(asked, HARD), other=0.0)
+    term_sum, dlogq_sum = 0.0, 0.0
+    if DIVERGENCE != "forward_kl" and DIVERGENCE != "reverse_kl" and DIVERGENCE != "symmetric_kl":
         piece = tl.arange(0, MAX_PIECES)
         term = terms + (n.to(tl.int64) * pieces_per_row + piece) * 2
         term_sum = tl.sum(tl.load(term, mask=piece < pieces_per_row, other=0.0), axis=0)
         dlogq_sum = tl.sum(tl.load(term + 1, mask=piece < pieces_per_row, other=0.0), axis=0)
     c = finish_row(
-        n, rows, row, term_sum, dlogq_sum, label_logit, poison_of(labels, label, width, soft), scales, weights,
-        row_loss, stats, split == 0, o, soft, DIVERGENCE, HARD,
+        n, rows, row, term_sum, dlogq_sum, label_logit, poison_of(labels, label, width, soft, has(asked, CHECKED)),
+        scales, weights, row_loss, stats, split == 0, o, soft, asked, DIVERGENCE, FULL,
     )  # fmt: skip
-    if gradient is not None:
-        s_row = student + row_offset(n, s_inner, s_outer, s_stride)
-        t_row = teacher + row_offset(n, t_inner, t_outer, t_stride)
-        for block in range(first, last):
-            columns = block_columns(block, LANES, VECTOR)
-            s = load_block(s_row, columns, width, student_softcap, CAPPED)
-            t = load_block(t_row, columns, width, teacher_softcap, CAPPED)
-            d = gradient_of_block(s, t, columns, row, c, label, o, soft, DIVERGENCE, HARD)
-            store_gradient(d_row, d, s, columns, width, gradient_width, student_softcap, CAPPED)
+    s_row = student + row_offset(n, s_inner, s_outer, s_stride)
+    t_row = teacher + row_offset(n, t_inner, t_outer, t_stride)
+    for block in range(first, last):
+        s, t = load_blocks(s_row, t_row, block, width, asked, student_softcap, teacher_softcap, FULL, LANES, VECTOR)
+        d = gradient_of_block(s, t, first_columns(block, LANES, VECTOR), row, c, label, o, soft, asked, DIVERGENCE)
+        store_gradient_block(d_row, block, d, s, width, gradient_width, student_softcap, asked, FULL, LANES, VECTOR)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@run_time
 def resident_kernel(
-    student, s_inner, s_outer, s_stride, teacher, t_inner, t_outer, t_stride, gradient, d_inner, d_outer, d_stride,
-    width, gradient_width, scales, row_loss, stats, labels, weights, temperatures,
-    rows, ignore_index, temperature, student_softcap, teacher_softcap,
+    student, s_inner, s_outer: tl.int64, s_stride: tl.int64, teacher, t_inner, t_outer: tl.int64, t_stride: tl.int64,
+    gradient, d_inner, d_outer: tl.int64, d_stride: tl.int64, width, gradient_width, scales, row_loss,
+    stats, labels, weights, temperatures, rows, ignore_index: tl.int64, asked,
+    temperature, student_softcap, teacher_softcap,
     beta, beta_rest, by_t2, kd_weight, ce_weight, label_smoothing, z_loss,
-    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """A whole row, of at most LANES x VECTOR columns, read once: 3 N V for every divergence."""
     n = tl.program_id(0)
-    label = label_of(labels, n)
-    if gradient is not None:
-        d_row = gradient + row_offset(n, d_inner, d_outer, d_stride)
-    if labels is not None:
-        if label == ignore_index:
-            ignore_row(n, rows, row_loss, stats)
-            if gradient is not None:
-                zero_row(d_row, gradient_width, 0, 1, LANES, VECTOR)
-            return
-    soft = softening_of(temperature, temperatures, n)
+    label = label_of(labels, n, has(asked, LABELS))
+    d_row = gradient + row_offset(n, d_inner, d_outer, d_stride)
+    if has(asked, LABELS) & (label == ignore_index):
+        ignore_row(n, rows, row_loss, stats, has(asked, STATS))
+        clear_row(d_row, gradient_width, 0, 1, has(asked, WIDE), LANES, VECTOR)
+        return
+    soft = softening_of(temperature, temperatures, n, has(asked, TEMPERATURES))
     o = RowOptions(beta, beta_rest, by_t2, kd_weight, ce_weight, label_smoothing, z_loss)
     s_row = student + row_offset(n, s_inner, s_outer, s_stride)
     t_row = teacher + row_offset(n, t_inner, t_outer, t_stride)
-    columns = block_columns(0, LANES, VECTOR)
-    s = load_block(s_row, columns, width, student_softcap, CAPPED)
-    t = load_block(t_row, columns, width, teacher_softcap, CAPPED)
-    p = with_block(empty_piece(LANES), s, t, 0, columns, width, soft, DIVERGENCE, HARD, stats is not None)
-    row = collapsed(p, soft, DIVERGENCE, HARD, stats is not None)
-    label_logit, term_sum, dlogq_sum = 0.0, 0.0, 0.0
-    if HARD:
-        label_logit = logit_at(s_row, label, width, student_softcap, CAPPED)
+    s, t = load_blocks(s_row, t_row, 0, width, asked, student_softcap, teacher_softcap, True, LANES, VECTOR)
+    p = with_block(empty_piece(LANES), s, t, first_columns(0, LANES, VECTOR), width, soft, asked, DIVERGENCE, True)
+    row = collapsed(p, soft, asked, DIVERGENCE, True)
+    label_logit = student_logit(s_row, label, width, asked, student_softcap, True)
+    term_sum, dlogq_sum = 0.0, 0.0
     if DIVERGENCE != "forward_kl" and DIVERGENCE != "reverse_kl" and DIVERGENCE != "symmetric_kl":
         value, dlogq, _e_s, _y_s = terms_of_block(s, t, row, soft, beta, beta_rest, DIVERGENCE)
         term_sum, dlogq_sum = tl.sum(tl.sum(value, axis=1), axis=0), tl.sum(tl.sum(dlogq, axis=1), axis=0)
     c = finish_row(
-        n, rows, row, term_sum, dlogq_sum, label_logit, poison_of(labels, label, width, soft), scales, weights,
-        row_loss, stats, n == n, o, soft, DIVERGENCE, HARD,
+        n, rows, row, term_sum, dlogq_sum, label_logit, poison_of(labels, label, width, soft, has(asked, CHECKED)),
+        scales, weights, row_loss, stats, n == n, o, soft, asked, DIVERGENCE, True,
     )  # fmt: skip
-    if gradient is not None:
-        d = gradient_of_block(s, t, columns, row, c, label, o, soft, DIVERGENCE, HARD)
-        store_gradient(d_row, d, s, columns, width, gradient_width, student_softcap, CAPPED)
+    if gradient_width > 0:
+        d = gradient_of_block(s, t, first_columns(0, LANES, VECTOR), row, c, label, o, soft, asked, DIVERGENCE)
+        store_gradient_block(d_row, 0, d, s, width, gradient_width, student_softcap, asked, True, LANES, VECTOR)

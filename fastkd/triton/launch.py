@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from . import ends, kernels, pieces
+from . import ends, kernels, pieces, row
 
 INTERPRETED = not isinstance(
     kernels.sums_kernel, triton.JITFunction
@@ -129,23 +130,20 @@ def rows_or_copy(x: Tensor) -> Rows:
 # in its registers. The sums of two spill on some architectures.
 SWEEP_BLOCKS = {2: Block(lanes=256, vector=8, threads=256), 4: Block(lanes=256, vector=4, threads=256)}
 # Registers a thread, of 65536 a multiprocessor: three programs of 256 threads, two with statistics or softcaps. Stated,
-# since a compiler left to itself may spill for an occupancy of its own choice. In bf16 nothing was seen to spill at 72
-# and 112 either; at 64 and 80 something does.
+# since a compiler left to itself may spill for an occupancy of its own choice.
 PLAIN_REGISTERS, BUSY_REGISTERS = 80, 128
-# Columns of a row that stays in registers. Twice as many spill with jsd or with every option, whatever the threads.
-MAX_RESIDENT = {2: 4096, 4: 4096}
-RESIDENT_COLUMNS = 8  # per thread
-MAX_RESIDENT_THREADS = 512
+# Blocks, the narrowest first, that hold a whole row in registers: 8 columns a thread. Twice as many columns spill with
+# jsd or with every option, whatever the threads.
+RESIDENT_BLOCKS = {
+    2: [Block(lanes=128, vector=8, threads=128), Block(lanes=512, vector=8, threads=512)],
+    4: [Block(lanes=256, vector=4, threads=128), Block(lanes=1024, vector=4, threads=512)],
+}
 PROGRAMS_PER_PROCESSOR = 8  # below this many, rows are split
 
 
 def resident_block(columns: int, item_size: int) -> Block | None:
     """The block that holds a whole row of so many columns; None where it has to be swept."""
-    if columns > MAX_RESIDENT[item_size]:
-        return None
-    vector = 16 // item_size
-    lanes = max(32, 1 << max(0, -(-columns // vector) - 1).bit_length())
-    return Block(lanes, vector, min(MAX_RESIDENT_THREADS, max(32, lanes * vector // RESIDENT_COLUMNS)))
+    return next((block for block in RESIDENT_BLOCKS[item_size] if columns <= block.columns), None)
 
 
 def split_rows(rows: int, columns: int, block: Block, processors: int) -> Split:
@@ -199,8 +197,54 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _flat(rows: Rows | None) -> tuple:
-    return (None, 1, 0, 0) if rows is None else tuple(rows)
+def raw(rows: Rows) -> Rows:
+    """Logits of 2 bytes as the kernels take them, whichever their dtype."""
+    return rows._replace(data=rows.data.view(torch.int16)) if rows.data.element_size() == 2 else rows
+
+
+def is_wide(rows: Rows, vector: int) -> bool:
+    """Whether a block of any row begins at a multiple of `vector` elements, as far as 16 bytes can tell."""
+    apart = rows.outer_stride % vector == 0 and rows.inner_stride % vector == 0
+    return apart and rows.data.data_ptr() % min(16, vector * rows.data.element_size()) == 0
+
+
+def asked_of(conditions: dict[tl.constexpr, bool]) -> int:
+    """`asked` of the kernels."""
+    return sum(bit.value for bit, given in conditions.items() if given)
+
+
+def asked_of_rows(student: Rows, teacher: Rows, gradient: Rows | None, widths: tuple[int, ...], vector: int) -> int:
+    """What `asked` says of the logits; widths: columns of the row and of its gradient."""
+    rows = [student, teacher] if gradient is None else [student, teacher, gradient]
+    wide = all(width % vector == 0 for width in widths) and all(is_wide(x, vector) for x in rows)
+    fp16 = [x.data.dtype == torch.float16 for x in (student, teacher)]
+    return asked_of({row.WIDE: wide, row.STUDENT_FP16: fp16[0], row.TEACHER_FP16: fp16[1]})
+
+
+def given(x: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """x, or what stands for a tensor that is not there and that `asked` keeps from being read."""
+    return torch.empty(0, dtype=dtype, device=device) if x is None else x
+
+
+class Rest(NamedTuple):
+    """What a call's launches have in common besides its logits: `asked`, and the tensors that it may lack."""
+
+    asked: int
+    labels: Tensor
+    weights: Tensor
+    temperatures: Tensor
+    num_items: Tensor
+
+
+def _rest_of(call: Call) -> Rest:
+    device = call.student.data.device
+    asked = asked_of({
+        row.HARD: call.needs_hard, row.STATS: call.with_stats, row.LABELS: call.labels is not None,
+        row.CHECKED: call.labels is not None, row.WEIGHTS: call.weights is not None,
+        row.TEMPERATURES: call.temperatures is not None,
+    })  # fmt: skip
+    floats = (given(x, torch.float32, device) for x in (call.weights, call.temperatures, call.num_items))
+    return Rest(asked, given(call.labels, torch.int64, device), *floats)
 
 
 def _options_of(call: Call) -> tuple[float, ...]:
@@ -209,71 +253,88 @@ def _options_of(call: Call) -> tuple[float, ...]:
     return o.beta, 1.0 - o.beta, by_t2, o.kd_weight, o.ce_weight, o.label_smoothing, o.z_loss
 
 
-def _sweep(call: Call, row_loss: Tensor, stats: Tensor | None, scales: Tensor) -> None:
+def _asked_in(call: Call, rest: Rest, block: Block) -> int:
+    widths = (call.columns, call.columns if call.gradient is None else call.gradient_columns)
+    return rest.asked | asked_of_rows(call.student, call.teacher, call.gradient, widths, block.vector)
+
+
+def _written(call: Call) -> tuple[Rows, int]:
+    """The gradient and its columns; none for the value alone."""
+    return (call.student, 0) if call.gradient is None else (call.gradient, call.gradient_columns)
+
+
+def _sweep(call: Call, rest: Rest, row_loss: Tensor, stats: Tensor, scales: Tensor) -> None:
     """The streaming kernels."""
     student, o = call.student.data, call.numbers
     block = SWEEP_BLOCKS[student.element_size()]
     processors = processors_of(student.device)
     split = split_rows(call.rows, call.columns, block, processors)
     programs = (call.rows * split.splits,)
-    shape = shape_of(block, student.device, call.capped or call.with_stats)
-    inputs = (*call.student, *call.teacher)
+    busy = call.capped or call.with_stats
+    shape = {"FULL": busy, **shape_of(block, student.device, busy)}
+    inputs = (*raw(call.student), *raw(call.teacher))
+    asked = _asked_in(call, rest, block)
     softening = (o.temperature, o.student_softcap, o.teacher_softcap)
     buffer = student.new_empty((call.rows, split.splits, pieces.FIELDS.value), dtype=torch.float32)
     one_sweep = call.divergence in ONE_SWEEP
     kernels.sums_kernel[programs](
-        *inputs, call.columns, buffer, call.labels, call.temperatures, call.ignore_index, *split, *softening,
-        DIVERGENCE=call.divergence if one_sweep else "terms", HARD=call.needs_hard, STATS=call.with_stats,
-        CAPPED=call.capped, **shape,
+        *inputs, call.columns, buffer, rest.labels, rest.temperatures, call.ignore_index, asked, *split, *softening,
+        DIVERGENCE=call.divergence if one_sweep else "terms", **shape,
     )  # fmt: skip
-    terms = None
+    terms = buffer
     if not one_sweep:
         terms = student.new_empty((call.rows, split.splits, 2), dtype=torch.float32)
         kernels.terms_kernel[programs](
-            *inputs, call.columns, buffer, terms, call.labels, call.temperatures, call.ignore_index, *split,
-            *softening, *_options_of(call)[:2], DIVERGENCE=call.divergence, CAPPED=call.capped, **shape,
+            *inputs, call.columns, buffer, terms, rest.labels, rest.temperatures, call.ignore_index, asked, *split,
+            *softening, *_options_of(call)[:2], DIVERGENCE=call.divergence, **shape,
         )  # fmt: skip
-    last = Split(1, 0)
-    if call.gradient is not None:
-        last = split_rows(call.rows, call.gradient_columns, block, processors)
+    gradient, columns = _written(call)
+    last = split_rows(call.rows, columns, block, processors) if columns else Split(1, 0)
     kernels.gradient_kernel[(call.rows * last.splits,)](
-        *inputs, *_flat(call.gradient), call.columns, call.gradient_columns, buffer, terms, scales, row_loss, stats,
-        call.labels, call.weights, call.temperatures, call.rows, call.ignore_index, *last, split.splits, *softening,
-        *_options_of(call), DIVERGENCE=call.divergence, HARD=call.needs_hard, CAPPED=call.capped, **shape,
+        *inputs, *raw(gradient), call.columns, columns, buffer, terms, scales, row_loss, stats, rest.labels,
+        rest.weights, rest.temperatures, call.rows, call.ignore_index, asked, *last, split.splits, *softening,
+        *_options_of(call), DIVERGENCE=call.divergence, **shape,
     )  # fmt: skip
 
 
-def _stay(call: Call, block: Block, row_loss: Tensor, stats: Tensor | None, scales: Tensor) -> None:
+def _stay(call: Call, block: Block, rest: Rest, row_loss: Tensor, stats: Tensor, scales: Tensor) -> None:
     """The resident kernel."""
     o = call.numbers
+    gradient, columns = _written(call)
     kernels.resident_kernel[(call.rows,)](
-        *call.student, *call.teacher, *_flat(call.gradient), call.columns, call.gradient_columns, scales, row_loss,
-        stats, call.labels, call.weights, call.temperatures, call.rows, call.ignore_index, o.temperature,
-        o.student_softcap, o.teacher_softcap, *_options_of(call), DIVERGENCE=call.divergence, HARD=call.needs_hard,
-        CAPPED=call.capped, **shape_of(block, call.student.data.device, busy=True),
+        *raw(call.student), *raw(call.teacher), *raw(gradient), call.columns, columns, scales, row_loss, stats,
+        rest.labels, rest.weights, rest.temperatures, call.rows, call.ignore_index, _asked_in(call, rest, block),
+        o.temperature, o.student_softcap, o.teacher_softcap, *_options_of(call), DIVERGENCE=call.divergence,
+        **shape_of(block, call.student.data.device, busy=True),
     )  # fmt: skip
+
+
+def one_program(device: torch.device) -> dict[str, int | bool]:
+    return {"BLOCK": TOTAL_BLOCK, **_compiled_for(TOTAL_THREADS, BUSY_REGISTERS, device)}
 
 
 def run_rows(call: Call, rows: Callable[[Tensor, Tensor | None, Tensor], None]) -> Outputs:
     """The scales, then what ``rows(row_loss, stats, scales)`` launches, then the total."""
-    student = call.student.data
+    student, rest = call.student.data, _rest_of(call)
     new = functools.partial(student.new_empty, dtype=torch.float32)
     lead = student.shape[:-1]
     row_loss, scales, pending = new(lead), new((2,)), new(())
     stats = new((5, *lead)) if call.with_stats else new((0,))
     loss = row_loss if call.reduction == "none" else new(())
     # fp16 keeps the gradient of the sum: (q - p) / N would underflow before a loss scaler could save it
-    normalised = student.dtype != torch.float16
-    one_program = {"BLOCK": TOTAL_BLOCK, **_compiled_for(TOTAL_THREADS, BUSY_REGISTERS, student.device)}
+    asked = rest.asked | asked_of({
+        ends.MEAN: call.reduction == "mean", ends.ITEMS: call.num_items is not None,
+        ends.NORMALISED: student.dtype != torch.float16,
+    })  # fmt: skip
     with on(student.device):
         ends.scale_kernel[(1,)](
-            scales, pending, call.labels, call.weights, call.num_items, call.rows, call.ignore_index,
-            MEAN=call.reduction == "mean", NORMALISED=normalised, **one_program,
+            scales, pending, rest.labels, rest.weights, rest.num_items, call.rows, call.ignore_index, asked,
+            **one_program(student.device),
         )  # fmt: skip
         if call.rows > 0:
             rows(row_loss, stats if call.with_stats else None, scales)
         if call.reduction != "none":
-            ends.total_kernel[(1,)](loss, row_loss, scales, call.rows, **one_program)
+            ends.total_kernel[(1,)](loss, row_loss, scales, call.rows, **one_program(student.device))
     return Outputs(loss, pending, stats)
 
 
@@ -281,7 +342,15 @@ def run_loss(call: Call) -> Outputs:
     """Launches everything of one call; fills call.gradient where there is one."""
     widest = call.columns if call.gradient is None else call.gradient_columns
     block = resident_block(widest, call.student.data.element_size())
-    rows = functools.partial(_sweep, call) if block is None else functools.partial(_stay, call, block)
+    rest = _rest_of(call)
+
+    def rows(row_loss: Tensor, stats: Tensor | None, scales: Tensor) -> None:
+        read = given(stats, torch.float32, row_loss.device)
+        if block is None:
+            _sweep(call, rest, row_loss, read, scales)
+        else:
+            _stay(call, block, rest, row_loss, read, scales)
+
     return run_rows(call, rows)
 
 
@@ -293,8 +362,10 @@ def run_rescale(source: Rows, scaled: Rows, upstream: Tensor, pending: Tensor) -
         return
     block = SWEEP_BLOCKS[gradient.element_size()]
     split = split_rows(rows, columns, block, processors_of(gradient.device))
+    asked = asked_of_rows(source, source, scaled, (columns,), block.vector)
+    asked |= asked_of({ends.IN_PLACE: gradient.data_ptr() == scaled.data.data_ptr()})
     with on(gradient.device):
         ends.rescale_kernel[(rows * split.splits,)](
-            *source, *scaled, columns, upstream, int(upstream.dim() > 0), pending, *split,
-            INPLACE=source.data.data_ptr() == scaled.data.data_ptr(), **shape_of(block, gradient.device, busy=False),
+            *raw(source), *raw(scaled), columns, upstream, int(upstream.dim() > 0), pending, asked, *split,
+            **shape_of(block, gradient.device, busy=False),
         )  # fmt: skip

@@ -18,6 +18,17 @@ LN2 = tl.constexpr(0.6931471805599453)
 EPSILON = tl.constexpr(1.1920928955078125e-07)  # from 1 to the next float
 NO_COLUMN = tl.constexpr(2147483647)
 
+# Bits of `asked`: what one call asks for, and what it gives. Known at run time.
+HARD = tl.constexpr(1)  # the cross-entropy, or its figures for the statistics
+STATS = tl.constexpr(2)
+LABELS = tl.constexpr(4)
+WEIGHTS = tl.constexpr(8)
+TEMPERATURES = tl.constexpr(16)
+CHECKED = tl.constexpr(32)  # a label outside of the row spoils it
+WIDE = tl.constexpr(64)  # every row begins, and ends, at a multiple of VECTOR columns
+STUDENT_FP16 = tl.constexpr(128)  # of logits of 2 bytes
+TEACHER_FP16 = tl.constexpr(256)
+
 
 class Softening(NamedTuple):
     """What the exponents of a row have in common. slope = log2(e) / T."""
@@ -70,6 +81,11 @@ class Coefficients(NamedTuple):
 
 
 @triton.jit
+def has(asked, BIT: tl.constexpr):
+    return (asked & BIT) != 0
+
+
+@triton.jit
 def finite(reference):
     """A reference that can be subtracted: where all is masked, -inf - -inf would be NaN."""
     return tl.where(reference == float("-inf"), 0.0, reference)
@@ -107,32 +123,29 @@ def empty_piece(LANES: tl.constexpr):
 
 
 @triton.jit
-def rebased(p, new_s, new_t, soft, DIVERGENCE: tl.constexpr, HARD: tl.constexpr, STATS: tl.constexpr):
-    """The piece relative to larger or equal logits."""
-    shift_s = (p.largest_s - finite(new_s)) * soft.slope
-    shift_t = (p.largest_t - finite(new_t)) * soft.slope
-    scale_s, scale_t = tl.exp2(shift_s), tl.exp2(shift_t)
+def rebased_dot(dot, total, shift, scale):
+    """sum 2^y (y - ..) where the reference of 2^y moves by log2(scale) and the bracket by `shift`."""
     # An empty sum has nothing to shift (and 0 * -inf would be NaN); what is scaled to 0 stays 0 even if infinite.
-    dot_t, dot_s, linear_s, sum_hard = p.dot_t, p.dot_s, p.linear_s, p.sum_hard
-    entropy_s, entropy_t = p.entropy_s, p.entropy_t
+    moved = dot + tl.where(total == 0, 0.0, total * shift)
+    return tl.where(scale == 0, 0.0, scale * moved)
+
+
+@triton.jit
+def rebased_hard(p, shift_s, soft):
+    """linear_s and sum_hard"""
+    linear_s = p.linear_s + tl.where(p.columns == 0, 0.0, p.columns * shift_s)
+    return linear_s, p.sum_hard * tl.exp2(soft.temperature * shift_s)
+
+
+@triton.jit
+def rebased_dots(p, shift_s, shift_t, scale_s, scale_t, DIVERGENCE: tl.constexpr):
+    """dot_t and dot_s"""
+    dot_t, dot_s = p.dot_t, p.dot_s
     if DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric_kl":
-        moved = dot_t + tl.where(p.sum_t == 0, 0.0, p.sum_t * (shift_t - shift_s))
-        dot_t = tl.where(scale_t == 0, 0.0, scale_t * moved)
+        dot_t = rebased_dot(dot_t, p.sum_t, shift_t - shift_s, scale_t)
     if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl":
-        moved = dot_s + tl.where(p.sum_s == 0, 0.0, p.sum_s * (shift_s - shift_t))
-        dot_s = tl.where(scale_s == 0, 0.0, scale_s * moved)
-    if STATS:
-        moved = entropy_s + tl.where(p.sum_s == 0, 0.0, p.sum_s * shift_s)
-        entropy_s = tl.where(scale_s == 0, 0.0, scale_s * moved)
-        moved = entropy_t + tl.where(p.sum_t == 0, 0.0, p.sum_t * shift_t)
-        entropy_t = tl.where(scale_t == 0, 0.0, scale_t * moved)
-    if HARD:
-        linear_s += tl.where(p.columns == 0, 0.0, p.columns * shift_s)
-        sum_hard *= tl.exp2(soft.temperature * shift_s)
-    sum_s, sum_t = p.sum_s * scale_s, p.sum_t * scale_t
-    return Piece(
-        new_s, new_t, sum_s, sum_t, sum_hard, dot_t, dot_s, linear_s, p.columns, entropy_s, entropy_t, p.top_s, p.top_t
-    )
+        dot_s = rebased_dot(dot_s, p.sum_s, shift_s - shift_t, scale_s)
+    return dot_t, dot_s
 
 
 @triton.jit
@@ -142,78 +155,78 @@ def first_top(x, largest, columns):
 
 
 @triton.jit
-def columns_inside(columns, start, width):
-    """How many of each lane's columns lie in the row; no sum over them, which would not stay within a thread."""
-    LANES: tl.constexpr = columns.shape[0]
-    VECTOR: tl.constexpr = columns.shape[1]
-    left = width - start - tl.arange(0, LANES) * VECTOR
-    return tl.minimum(tl.maximum(left, 0), VECTOR)
+def column_of(first, VECTOR: tl.constexpr):
+    """(LANES, VECTOR) columns, from the first one of each lane."""
+    return first[:, None] + tl.arange(0, VECTOR)[None, :]
 
 
 @triton.jit
-def with_block(p, s, t, start, columns, width, soft, DIVERGENCE: tl.constexpr, HARD: tl.constexpr, STATS: tl.constexpr):
-    """The piece and a block of later columns, from `start`. s, t: logits (LANES, VECTOR), -inf at columns >= width."""
+def with_block(p, s, t, first, width, soft, asked, DIVERGENCE: tl.constexpr, FULL: tl.constexpr):
+    """The piece and a block of later columns. s, t: logits (LANES, VECTOR), -inf at columns >= width; first: (LANES)
+    columns that the lanes begin with."""
     new_s = tl.maximum(p.largest_s, tl.max(s, axis=1))
     new_t = tl.maximum(p.largest_t, tl.max(t, axis=1))
-    top_s, top_t = p.top_s, p.top_t
-    if STATS:
-        top_s = tl.where(new_s > p.largest_s, first_top(s, new_s, columns), top_s)
-        top_t = tl.where(new_t > p.largest_t, first_top(t, new_t, columns), top_t)
-    p = rebased(p, new_s, new_t, soft, DIVERGENCE, HARD, STATS)
+    shift_s, shift_t = (p.largest_s - finite(new_s)) * soft.slope, (p.largest_t - finite(new_t)) * soft.slope
+    scale_s, scale_t = tl.exp2(shift_s), tl.exp2(shift_t)
     y_s = (s - finite(new_s)[:, None]) * soft.slope
     y_t = (t - finite(new_t)[:, None]) * soft.slope
     e_s, e_t = tl.exp2(y_s), tl.exp2(y_t)
-    dot_t, dot_s, linear_s, sum_hard, seen = p.dot_t, p.dot_s, p.linear_s, p.sum_hard, p.columns
-    entropy_s, entropy_t = p.entropy_s, p.entropy_t
+    dot_t, dot_s = rebased_dots(p, shift_s, shift_t, scale_s, scale_t, DIVERGENCE)
     if DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric_kl":
         dot_t += tl.sum(weigh(e_t, y_t - y_s), axis=1)
     if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl":
         dot_s += tl.sum(weigh(e_s, y_s - y_t), axis=1)
-    if STATS:
-        entropy_s += tl.sum(weigh(e_s, y_s), axis=1)
-        entropy_t += tl.sum(weigh(e_t, y_t), axis=1)
-    if HARD:
-        linear_s += tl.sum(tl.where(columns < width, y_s, 0.0), axis=1)
-        seen += columns_inside(columns, start, width).to(tl.float32)
+    sum_hard, linear_s, seen = p.sum_hard, p.linear_s, p.columns
+    if has(asked, HARD):
+        linear_s, sum_hard = rebased_hard(p, shift_s, soft)
+        left = width - first
+        inside = tl.arange(0, s.shape[1])[None, :] < left[:, None]
+        linear_s += tl.sum(tl.where(inside, y_s, 0.0), axis=1)
+        # no sum over `inside`, which would not stay within a thread
+        seen += tl.minimum(tl.maximum(left, 0), s.shape[1]).to(tl.float32)
         sum_hard += tl.sum(tl.exp2(soft.temperature * y_s), axis=1)
-    sum_s, sum_t = p.sum_s + tl.sum(e_s, axis=1), p.sum_t + tl.sum(e_t, axis=1)
+    entropy_s, entropy_t, top_s, top_t = p.entropy_s, p.entropy_t, p.top_s, p.top_t
+    if FULL:
+        if has(asked, STATS):
+            entropy_s = rebased_dot(entropy_s, p.sum_s, shift_s, scale_s) + tl.sum(weigh(e_s, y_s), axis=1)
+            entropy_t = rebased_dot(entropy_t, p.sum_t, shift_t, scale_t) + tl.sum(weigh(e_t, y_t), axis=1)
+            columns = column_of(first, s.shape[1])
+            top_s = tl.where(new_s > p.largest_s, first_top(s, new_s, columns), top_s)
+            top_t = tl.where(new_t > p.largest_t, first_top(t, new_t, columns), top_t)
+    sum_s, sum_t = p.sum_s * scale_s + tl.sum(e_s, axis=1), p.sum_t * scale_t + tl.sum(e_t, axis=1)
     return Piece(new_s, new_t, sum_s, sum_t, sum_hard, dot_t, dot_s, linear_s, seen, entropy_s, entropy_t, top_s, top_t)
 
 
 @triton.jit
-def collapsed(p, soft, DIVERGENCE: tl.constexpr, HARD: tl.constexpr, STATS: tl.constexpr):
+def collapsed(p, soft, asked, DIVERGENCE: tl.constexpr, FULL: tl.constexpr):
     """One piece of scalars from the pieces of the lanes, in an order that depends on their number alone."""
     largest_s, largest_t = tl.max(p.largest_s, axis=0), tl.max(p.largest_t, axis=0)
-    r = rebased(p, largest_s, largest_t, soft, DIVERGENCE, HARD, STATS)
-    sum_hard, dot_t, dot_s, linear_s, columns, entropy_s, entropy_t = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    top_s, top_t = 0, 0
+    shift_s = (p.largest_s - finite(largest_s)) * soft.slope
+    shift_t = (p.largest_t - finite(largest_t)) * soft.slope
+    scale_s, scale_t = tl.exp2(shift_s), tl.exp2(shift_t)
+    zero, no_column = tl.full([], 0.0, tl.float32), tl.full([], 0, tl.int32)
+    sum_hard, dot_t, dot_s, linear_s, columns, entropy_s, entropy_t = zero, zero, zero, zero, zero, zero, zero
+    top_s, top_t = no_column, no_column
+    of_t, of_s = rebased_dots(p, shift_s, shift_t, scale_s, scale_t, DIVERGENCE)
     if DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric_kl":
-        dot_t = tl.sum(r.dot_t, axis=0)
+        dot_t = tl.sum(of_t, axis=0)
     if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl":
-        dot_s = tl.sum(r.dot_s, axis=0)
-    if STATS:
-        entropy_s, entropy_t = tl.sum(r.entropy_s, axis=0), tl.sum(r.entropy_t, axis=0)
-        top_s = tl.min(tl.where(p.largest_s == largest_s, p.top_s, NO_COLUMN), axis=0)
-        top_t = tl.min(tl.where(p.largest_t == largest_t, p.top_t, NO_COLUMN), axis=0)
-    if HARD:
-        sum_hard, linear_s = tl.sum(r.sum_hard, axis=0), tl.sum(r.linear_s, axis=0)
-        columns = tl.sum(r.columns, axis=0)
-    sum_s, sum_t = tl.sum(r.sum_s, axis=0), tl.sum(r.sum_t, axis=0)
+        dot_s = tl.sum(of_s, axis=0)
+    if has(asked, HARD):
+        linear_lanes, hard_lanes = rebased_hard(p, shift_s, soft)
+        sum_hard, linear_s = tl.sum(hard_lanes, axis=0), tl.sum(linear_lanes, axis=0)
+        columns = tl.sum(p.columns, axis=0)
+    if FULL:
+        if has(asked, STATS):
+            entropy_s = tl.sum(rebased_dot(p.entropy_s, p.sum_s, shift_s, scale_s), axis=0)
+            entropy_t = tl.sum(rebased_dot(p.entropy_t, p.sum_t, shift_t, scale_t), axis=0)
+            top_s = tl.min(tl.where(p.largest_s == largest_s, p.top_s, NO_COLUMN), axis=0)
+            top_t = tl.min(tl.where(p.largest_t == largest_t, p.top_t, NO_COLUMN), axis=0)
+    sum_s, sum_t = tl.sum(p.sum_s * scale_s, axis=0), tl.sum(p.sum_t * scale_t, axis=0)
     return Piece(
-        largest_s,
-        largest_t,
-        sum_s,
-        sum_t,
-        sum_hard,
-        dot_t,
-        dot_s,
-        linear_s,
-        columns,
-        entropy_s,
-        entropy_t,
-        top_s,
-        top_t,
-    )
+        largest_s, largest_t, sum_s, sum_t, sum_hard, dot_t, dot_s, linear_s, columns, entropy_s, entropy_t,
+        top_s, top_t,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -314,7 +327,7 @@ def cross_entropy_of(row, label_logit, o, soft):
 
 
 @triton.jit
-def coefficients_of(row, dlogq_sum, scale, poison, o, soft, DIVERGENCE: tl.constexpr, HARD: tl.constexpr):
+def coefficients_of(row, dlogq_sum, scale, poison, o, soft, asked, DIVERGENCE: tl.constexpr):
     """scale: the factor of the row's loss in the total. poison: 0, or NaN for a row whose arguments are wrong."""
     t = soft.temperature
     zero = 0.0 * scale
@@ -339,7 +352,7 @@ def coefficients_of(row, dlogq_sum, scale, poison, o, soft, DIVERGENCE: tl.const
     student, ratio = tl.where(left_out, 0.0, student), tl.where(left_out, 0.0, ratio)
     teacher, dlogq = tl.where(left_out, 0.0, teacher), tl.where(left_out, 0.0, dlogq)
     hard, constant, label = zero, zero, zero
-    if HARD:
+    if has(asked, HARD):
         weight = scale * o.ce_weight
         hard = tl.where(weight == 0, 0.0, weight * (1.0 + 2.0 * o.z_loss * hard_lse(row)) / row.sum_hard)
         constant = -weight * o.label_smoothing / row.columns
@@ -348,8 +361,8 @@ def coefficients_of(row, dlogq_sum, scale, poison, o, soft, DIVERGENCE: tl.const
 
 
 @triton.jit
-def gradient_of_block(s, t, columns, row, c, label, o, soft, DIVERGENCE: tl.constexpr, HARD: tl.constexpr):
-    """d loss / d (softcapped) student logits of a block; HARD also where the label has a part in it."""
+def gradient_of_block(s, t, first, row, c, label, o, soft, asked, DIVERGENCE: tl.constexpr):
+    """d loss / d (softcapped) student logits of a block."""
     if DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric_kl":
         y_s, y_t = (s - finite(row.largest_s)) * soft.slope, (t - finite(row.largest_t)) * soft.slope
         e_s = tl.exp2(y_s)
@@ -363,6 +376,7 @@ def gradient_of_block(s, t, columns, row, c, label, o, soft, DIVERGENCE: tl.cons
     else:
         _value, dlogq, e_s, y_s = terms_of_block(s, t, row, soft, o.beta, o.beta_rest, DIVERGENCE)
         d = c.student * e_s + c.dlogq * dlogq
-    if HARD:
-        d += c.hard * tl.exp2(soft.temperature * y_s) + tl.where(columns == label, c.label, 0.0)
+    if has(asked, HARD):
+        at_label = tl.arange(0, s.shape[1])[None, :] == (label.to(tl.int32) - first)[:, None]
+        d += c.hard * tl.exp2(soft.temperature * y_s) + tl.where(at_label, c.label, 0.0)
     return d + c.constant
