@@ -8,10 +8,11 @@ import pytest
 from triton_process import Run, check_passes, needs_triton
 
 # whoever trains would see a warning, and could do nothing about it
-DRIVER = ("-p", "triton_driver", "-W", "error::UserWarning", "triton_compiled.py")
+DRIVER = ("-p", "triton_driver", "-W", "error::UserWarning")
 RUNS = {
-    "sm_80 and sm_90, compilations": Run(DRIVER, 150, "sm_80,sm_90"),
-    "sm_100 and gfx942": Run((*DRIVER, "-k", "test_resources or test_rescale"), 110, "sm_100,gfx942"),
+    "NVIDIA": Run((*DRIVER, "triton_compiled.py"), 185, "sm_80,sm_90,sm_100"),
+    "gfx942": Run((*DRIVER, "triton_compiled.py", "-k", "test_specialisation"), 180, "gfx942"),
+    "launches": Run((*DRIVER, "triton_launched.py"), 80, "sm_90"),
 }
 
 

@@ -1,5 +1,5 @@
-"""Compiled for GPUs that are not here, by test_triton_compiled.py: spills, registers, width of the loads and rounding,
-read from what the compilers left; compilations counted while a training run changes its numbers."""
+"""Every specialisation of the dense kernels compiled for GPUs that are not here, by test_triton_compiled.py: spills,
+registers, width of the loads and rounding, read from what the compilers left."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 import triton
-import triton_driver
-from reference import DIVERGENCES
+import triton_specialisations as listed
 from triton.compiler import CompiledKernel
 from triton_driver import TARGETS, Launch, compile_for
 
-from fastkd.triton import launch, ops
+from fastkd.triton import launch
+from fastkd.triton.specialisations import Specialisation
+
+__all__ = ["Launch"]  # for triton_sparse_compiled.py
 
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WIDE, NARROW = 128256, 4096  # swept; resident, at its widest
-# Vector registers per thread of gfx942, which takes no limit: five waves a SIMD, and four with every option at once.
-PLAIN_AMD, BUSY_AMD = 96, 128
+WIDE = 128256  # a vocabulary that is swept
+# Vector registers per thread of gfx942, which takes no limit: seven waves a SIMD; five with statistics or softcaps and
+# for resident rows.
+PLAIN_AMD, BUSY_AMD = 72, 96
 
 
 class Resources(NamedTuple):
@@ -35,6 +35,8 @@ class Resources(NamedTuple):
     spilled: int  # bytes of stack or local memory
     loads: int  # instructions that load 16 bytes of global memory
     stores: int
+    half: int = 0  # instructions that load 8 bytes
+    narrow: int = 0  # instructions that load a logit, or anything of its size
 
 
 def _tool(name: str, cubin: bytes, *options: str) -> str:
@@ -50,7 +52,9 @@ def _of_cubin(cubin: bytes, ptx: str) -> Resources:
     assert usage, "cuobjdump -res-usage has another format"
     registers, stack, local = map(int, usage.groups())
     wide = Counter(re.findall(r"\b(ld|st)\.global[\w.:]*\.v4\.[bfsu]32\b", ptx))
-    return Resources(registers, max(stack, local), wide["ld"], wide["st"])
+    loads = Counter(re.findall(r"\bld\.global[\w.:]*?(?:\.(v2))?\.[bfsu](16|32)\b", ptx))
+    narrow = loads["", "16"] if loads["", "16"] else loads["", "32"]
+    return Resources(registers, max(stack, local), wide["ld"], wide["st"], loads["v2", "32"], narrow)
 
 
 def _of_amdgcn(text: str) -> Resources:
@@ -61,7 +65,9 @@ def _of_amdgcn(text: str) -> Resources:
 
     spilled = number(r"ScratchSize: (\d+)") + number(r"\.vgpr_spill_count:\s+(\d+)")
     wide = Counter(re.findall(r"\b(?:global|buffer)_(load|store)_dwordx4\b", text))
-    return Resources(number(r"\.vgpr_count:\s+(\d+)"), spilled, wide["load"], wide["store"])
+    loads = Counter(re.findall(r"\b(?:global|buffer)_load_(ushort|short_d16|dwordx2|dword)\b", text))
+    narrow = loads["ushort"] + loads["short_d16"] or loads["dword"]
+    return Resources(number(r"\.vgpr_count:\s+(\d+)"), spilled, wide["load"], wide["store"], loads["dwordx2"], narrow)
 
 
 @functools.cache
@@ -70,28 +76,10 @@ def resources_of(compiled: CompiledKernel) -> Resources:
     return _of_cubin(asm["cubin"], asm["ptx"]) if "cubin" in asm else _of_amdgcn(asm["amdgcn"])
 
 
-def _numbers(**changes: float) -> torch.Tensor:
-    scalars = launch.Scalars(0.5, 2.0, 1.0, 0.5, 0.1, 1e-3, 0.0, 0.0)._replace(**changes)
-    return torch.tensor(scalars, dtype=torch.float64)
+TARGET_NAMES = os.environ.get("FASTKD_TRITON_TARGETS", ",".join(TARGETS)).split(",")
 
 
-def _loss(
-    divergence: str, dtype: torch.dtype, columns: int, *, busy: bool = False, rows: int = 2, gradient: bool = True,
-    reduction: str = "mean", ignore_index: int = -100, items: torch.Tensor | None = None, **numbers: float,
-) -> list[Launch]:  # fmt: skip
-    """What one call launches. busy: every option that is compiled in at once."""
-    triton_driver.launches.clear()
-    student, teacher = (torch.zeros(rows, columns, dtype=dtype) for _ in range(2))
-    per_row = torch.ones(rows) if busy else None
-    numbers = {"student_softcap": 20.0 if busy else 0.0, **numbers}
-    ops._forward(
-        student, teacher, torch.zeros(rows, dtype=torch.int64), per_row, per_row, items, _numbers(**numbers),
-        divergence, True, ignore_index, reduction, busy, gradient,
-    )  # fmt: skip
-    return list(triton_driver.launches)
-
-
-@pytest.fixture(params=os.environ.get("FASTKD_TRITON_TARGETS", ",".join(TARGETS)).split(","))
+@pytest.fixture(params=TARGET_NAMES)
 def target(request: pytest.FixtureRequest) -> str:
     compile_for(request.param)
     return request.param
@@ -103,159 +91,77 @@ def _limit(target: str, busy: bool) -> int:
     return launch.BUSY_REGISTERS if busy else launch.PLAIN_REGISTERS
 
 
-def _over_rows(launches: list[Launch]) -> list[Launch]:
-    return [x for x in launches if x.programs > 1]
+def _limit_of(x: Specialisation, target: str) -> int:
+    if x.kernel in ("scale_kernel", "total_kernel"):
+        return launch.BUSY_REGISTERS
+    return _limit(target, bool(x.constants.get("FULL")) or x.kernel == "resident_kernel")
 
 
-def _check_resources(divergence: str, kind: str, dtype: str, busy: bool, target: str) -> None:
-    """No spill, registers as stated, and every load and store of a row 16 bytes wide."""
-    columns = WIDE if kind == "swept" else NARROW
-    over_rows = _over_rows(_loss(divergence, DTYPES[dtype], columns, busy=busy))
-    assert {x.name == "resident_kernel" for x in over_rows} == {kind == "resident"}
-    for x in over_rows:
-        found = resources_of(x.compiled)
-        name = f"{x.name} {divergence} {dtype} {target}: {found}"
-        assert found.spilled == 0, name
-        assert found.registers <= _limit(target, busy or kind == "resident"), name
-        threads = x.constants["num_warps"] * TARGETS[target].warp_size
-        each = max(1, x.constants["LANES"] // threads)  # 16-byte pieces of a row that a thread takes at a time
-        assert found.loads >= 2 * each, name
-        if x.name in ("gradient_kernel", "resident_kernel"):
-            assert found.stores >= each, name
+def _check_accesses(x: Specialisation, found: Resources, told: str) -> None:
+    """16 bytes at a time wherever a lane has as many, and a way for rows that begin anywhere."""
+    vector = int(x.constants["VECTOR"])
+    models = [x.student, x.teacher] if x.teacher else [x.student]
+    assert found.loads >= sum(vector * size // 16 for size in models), told
+    assert found.half >= sum(vector * size == 8 for size in models), told
+    narrowest = [size for size in models if size == min(models)]
+    assert found.narrow >= vector * len(narrowest), told
+    if x.kernel in ("gradient_kernel", "resident_kernel", "rescale_kernel"):
+        assert found.stores >= 1, told
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["plain", "busy"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["swept", "resident"])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_resources(divergence: str, kind: str, dtype: str, busy: bool, target: str) -> None:
-    _check_resources(divergence, kind, dtype, busy, target)
+# by title, since what they are compiled with is the target's
+TITLES = [listed.title(x) for x in listed.every()]
 
 
-@pytest.mark.parametrize("kind", ["swept", "resident"])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_fp16_takes_what_bf16_takes(divergence: str, kind: str) -> None:
+def test_they_are_few() -> None:
+    assert len(TITLES) == len(set(TITLES)) <= 180
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_specialisation(title: str) -> None:
+    """No spill, registers as stated, and rows accessed 16 bytes at a time, on every target."""
+    for name, kernel in listed.compiled_for(title, TARGET_NAMES).items():
+        (x,) = [x for x in listed.every() if listed.title(x) == title]
+        compile_for(name)
+        found = resources_of(kernel)
+        told = f"{title} for {name}: {found}"
+        assert found.spilled == 0, told
+        assert found.registers <= _limit_of(x, name), told
+        if x.student:
+            _check_accesses(x, found, told)
+
+
+def _for_sm_90(title: str, **changes: int) -> CompiledKernel:
     compile_for("sm_90")
-    _check_resources(divergence, kind, "fp16", False, "sm_90")
+    (x,) = [x for x in listed.every() if listed.title(x) == title]
+    return listed.compiled(x._replace(constants={**x.constants, **changes}), "sm_90")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_machine_code_is_as_wide_as_its_ptx_and_leaves_the_stack_alone(dtype: str) -> None:
-    compile_for("sm_90")
-    for columns in (WIDE, NARROW):
-        for x in _over_rows(_loss("jsd", DTYPES[dtype], columns, busy=True)):
-            code = _tool("nvdisasm", x.compiled.asm["cubin"], "-c")
-            names = re.findall(r"\b(?:LDG|STG|LDL|STL)[\w.]*", code)
-            wide = Counter(name[:3] for name in names if name.endswith(".128"))
-            found = resources_of(x.compiled)
-            assert wide["LDG"] >= found.loads > 0 and wide["STG"] >= found.stores, names
-            assert not [name for name in names if name.startswith(("LDL", "STL"))]
+def test_intermediate_code_stands_for_its_source() -> None:
+    """What saves a compilation of every kernel from its source for every target of one maker."""
+    both = listed.compiled_for("gradient_kernel-2-4-symmetric_kl", ["sm_80", "sm_90"])
+    assert _for_sm_90("gradient_kernel-2-4-symmetric_kl").asm["cubin"] == both["sm_90"].asm["cubin"]
+
+
+@pytest.mark.parametrize(
+    "title", ["gradient_kernel-4-4-jsd-full", "gradient_kernel-2-2-jsd", "resident_kernel-2-2-jsd-512"]
+)
+def test_machine_code_is_as_wide_as_its_ptx_and_leaves_the_stack_alone(title: str) -> None:
+    kernel = _for_sm_90(title)
+    names = re.findall(r"\b(?:LDG|STG|LDL|STL)[\w.]*", _tool("nvdisasm", kernel.asm["cubin"], "-c"))
+    wide = Counter(name[:3] for name in names if name.endswith(".128"))
+    found = resources_of(kernel)
+    assert wide["LDG"] >= found.loads > 0 and wide["STG"] >= found.stores > 0, names
+    assert not [name for name in names if name.startswith(("LDL", "STL"))]
 
 
 def test_the_meter_sees_narrow_loads_and_spills() -> None:
-    """Rows of an odd width cannot be read 16 bytes at a time; 32768 columns in registers spill."""
-    compile_for("sm_90")
-    (sums, *_) = [x for x in _loss("forward_kl", torch.bfloat16, WIDE + 1) if x.name == "sums_kernel"]
-    assert resources_of(sums.compiled).loads == 0
-    kept = dict(launch.MAX_RESIDENT)
-    try:
-        launch.MAX_RESIDENT.update({2: 32768})
-        (row, *_) = [x for x in _loss("jsd", torch.bfloat16, 32768) if x.name == "resident_kernel"]
-        assert resources_of(row.compiled).spilled > 0
-    finally:
-        launch.MAX_RESIDENT.update(kept)
+    """A lane of one column has nothing to read at once; 32768 columns in registers spill."""
+    assert resources_of(_for_sm_90("sums_kernel-2-2-forward_kl", VECTOR=1)).loads == 0
+    assert resources_of(_for_sm_90("resident_kernel-2-2-jsd-512", LANES=4096)).spilled > 0
 
 
-def test_bf16_is_rounded_to_nearest() -> None:
-    compile_for("sm_90")
-    (gradient, *_) = [x for x in _loss("forward_kl", torch.bfloat16, WIDE) if x.name == "gradient_kernel"]
-    assert re.search(r"cvt\.rn\.bf16", gradient.compiled.asm["ptx"])
-    assert not re.search(r"cvt\.rz\.bf16", gradient.compiled.asm["ptx"])
-
-
-@pytest.mark.parametrize("grid", ["rescale", "rescale_"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_rescale(dtype: str, grid: str, target: str) -> None:
-    triton_driver.launches.clear()
-    gradient = torch.zeros(2, WIDE, dtype=DTYPES[dtype])
-    (ops._rescale if grid == "rescale" else ops._rescale_inplace)(gradient, torch.ones(()), torch.ones(()))
-    (x,) = triton_driver.launches
-    found = resources_of(x.compiled)
-    assert found.spilled == 0 and found.registers <= launch.PLAIN_REGISTERS
-    assert found.loads >= 1 and found.stores >= 1
-
-
-class TestCompilations:
-    """A compilation takes a second or more: training must not meet a new one after its first step."""
-
-    @pytest.fixture(autouse=True)
-    def _count(self) -> Iterator[None]:
-        compile_for("sm_90")
-        yield
-
-    def _new(self, first: list[Launch], later: list[Launch]) -> set[str]:
-        known = {id(x.compiled) for x in first}
-        return {x.name for x in later if id(x.compiled) not in known}
-
-    @pytest.mark.parametrize("columns", [WIDE, NARROW])
-    @pytest.mark.parametrize("divergence", ["jsd", "symmetric_kl", "skew_forward_kl"])
-    def test_annealed_numbers(self, divergence: str, columns: int) -> None:
-        first = _loss(divergence, torch.bfloat16, columns)
-        for step in range(1, 8):
-            numbers = {
-                "beta": step / 8, "temperature": 4.0 - step / 2, "kd_weight": 1 - step / 9, "ce_weight": step / 7,
-                "label_smoothing": step / 20, "z_loss": step * 1e-4,
-            }  # fmt: skip
-            assert not self._new(first, _loss(divergence, torch.bfloat16, columns, **numbers))
-
-    @pytest.mark.parametrize("columns", [WIDE, NARROW])
-    def test_numbers_of_rows(self, columns: int) -> None:
-        """Also 1, which Triton would make a constant, and multiples of 16, which it would tell from others."""
-        first = _loss("forward_kl", torch.float32, columns, rows=7)
-        for rows in (1, 2, 15, 16, 32, 33):
-            assert not self._new(first, _loss("forward_kl", torch.float32, columns, rows=rows))
-
-    def test_items_and_ignore_index(self) -> None:
-        first = _loss("forward_kl", torch.bfloat16, WIDE, items=torch.tensor(3.0))
-        for items, ignore_index in ((1.0, 0), (16.0, 1), (77.0, -1), (5.0, 16)):
-            later = _loss("forward_kl", torch.bfloat16, WIDE, items=torch.tensor(items), ignore_index=ignore_index)
-            assert not self._new(first, later)
-
-    def test_the_count_sees_another_specialisation(self) -> None:
-        first = _loss("forward_kl", torch.bfloat16, WIDE)
-        assert self._new(first, _loss("forward_kl", torch.bfloat16, WIDE, busy=True))
-        assert self._new(first, _loss("reverse_kl", torch.bfloat16, WIDE)) == {"sums_kernel", "gradient_kernel"}
-        assert not self._new(first, _loss("forward_kl", torch.bfloat16, WIDE))
-
-    @pytest.mark.parametrize(
-        "divergence,columns,kernels",
-        [("forward_kl", WIDE, 4), ("jsd", WIDE, 5), ("forward_kl", NARROW, 3), ("jsd", NARROW, 3)],
-    )
-    def test_kernels_launched(self, divergence: str, columns: int, kernels: int) -> None:
-        assert len(_loss(divergence, torch.bfloat16, columns)) == kernels
-        assert len(_loss(divergence, torch.bfloat16, columns, reduction="none")) == kernels - 1
-
-
-class TestShapes:
-    """The shape of a launch is a pure function of numbers."""
-
-    def test_rows_that_fill_the_device_are_not_split(self) -> None:
-        block = launch.SWEEP_BLOCKS[2]
-        assert launch.split_rows(132 * launch.PROGRAMS_PER_PROCESSOR, WIDE, block, 132).splits == 1
-
-    @pytest.mark.parametrize("rows", [1, 2, 3, 17, 100, 1000])
-    @pytest.mark.parametrize("columns", [1, 8193, 32001, 128256, 262144, 1 << 20, 1 << 24])
-    def test_splits_cover_the_row_once(self, rows: int, columns: int) -> None:
-        for block in launch.SWEEP_BLOCKS.values():
-            split = launch.split_rows(rows, columns, block, 132)
-            blocks = -(-columns // block.columns)
-            assert 1 <= split.splits <= launch.pieces.MAX_PIECES.value
-            assert (split.splits - 1) * split.blocks < blocks <= split.splits * split.blocks
-
-    @pytest.mark.parametrize("size", [2, 4])
-    def test_resident_blocks_hold_the_row(self, size: int) -> None:
-        for columns in (1, 2, 31, 33, 255, 256, 257, 1000, 4096, launch.MAX_RESIDENT[size]):
-            block = launch.resident_block(columns, size)
-            assert block is not None and block.columns >= columns and block.lanes * block.vector >= block.threads
-            assert block.lanes & (block.lanes - 1) == 0
-        assert launch.resident_block(launch.MAX_RESIDENT[size] + 1, size) is None
+def test_16_bits_are_rounded_to_nearest() -> None:
+    ptx = _for_sm_90("gradient_kernel-2-2-forward_kl").asm["ptx"]
+    for dtype in ("bf16", "f16"):
+        assert re.search(rf"cvt\.rn\.{dtype}", ptx) and not re.search(rf"cvt\.rz\.{dtype}", ptx)

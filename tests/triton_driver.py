@@ -10,6 +10,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -34,7 +35,8 @@ class StubDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return list(TARGETS.values()).index(self.target)  # compiled kernels are kept per device
+        place = list(TARGETS.values()).index(self.target)  # compiled kernels are kept per device
+        return place + len(TARGETS) * (knobs.runtime.jit_cache_hook is not None)
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -46,32 +48,70 @@ class StubDriver:
         return True
 
 
+OPTIONS = ("num_warps", "maxnreg", "enable_fp_fusion")  # of the compilers, as the launches state them
+
+
+class Key(NamedTuple):
+    """What Triton tells kernels apart by: types of arguments, constants, options, and what it assumes of arguments."""
+
+    kernel: str
+    types: tuple
+    constants: tuple
+    options: tuple
+    assumed: tuple = ()
+
+
 class Launch(NamedTuple):
-    """A kernel that would have run: its name, programs, keyword constants and what was compiled for it."""
+    """A kernel that would have run: its name, programs, keyword constants and what was compiled for it, or, where
+    launches are only recorded, what would have been."""
 
     name: str
     programs: int
     constants: dict
     compiled: object
+    key: Key | None = None
 
 
 launches: list[Launch] = []
 _run = JITFunction.run
+_noted: list[Key] = []
+
+
+def by_name(x: dict) -> tuple:
+    return tuple(sorted(x.items()))
+
+
+def _note(*, fn, compile: dict, **_) -> bool:
+    """Triton's hook before it compiles: True, don't."""
+    names = list(compile["signature"])
+    constants = {names[path[0]]: value for path, value in compile["constants"].items()}
+    assumed = tuple(str(x) for x in compile["configs"][0].items() if x[1])
+    _noted[:] = [Key(fn.name, by_name(compile["signature"]), by_name(constants), (), assumed)]
+    return True
 
 
 def _compile_only(self: JITFunction, *args, grid, warmup, **kwargs):
     compiled = _run(self, *args, grid=grid, warmup=True, **kwargs)
-    launches.append(Launch(self.fn.__name__, grid[0], kwargs, compiled))
+    options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
+    key = None if compiled is not None else _noted[0]._replace(options=by_name(options))
+    launches.append(Launch(self.fn.__name__, grid[0], kwargs, compiled, key))
     return compiled
 
 
 def compile_for(name: str) -> None:
     """From now on everything that is launched is compiled for this target and recorded in `launches`."""
     JITFunction.run = _compile_only
+    knobs.runtime.jit_cache_hook = None
     driver.set_active(StubDriver(TARGETS[name]))
     launch.threads_per_warp = lambda device: TARGETS[name].warp_size
     launch.limits_registers = lambda device: TARGETS[name].backend == "cuda"
     launches.clear()
+
+
+def record_for(name: str) -> None:
+    """From now on everything that is launched is recorded in `launches` and compiled for nobody."""
+    compile_for(name)
+    knobs.runtime.jit_cache_hook = _note
 
 
 def pytest_configure() -> None:

@@ -21,7 +21,7 @@ from triton_plugin import sweep_in_small_blocks
 import fastkd
 from fastkd.triton import launch, ops
 
-SOURCES = ("row.py", "pieces.py", "kernels.py", "ends.py", "launch.py")
+SOURCES = ("row.py", "pieces.py", "blocks.py", "kernels.py", "ends.py", "launch.py")
 
 
 class Mutant(NamedTuple):
@@ -35,26 +35,35 @@ class Mutant(NamedTuple):
 
 MUTANTS = {
     # masks
-    "the mask of a load is one column wide of the row": Mutant(
-        "kernels.py", "mask=columns < width, other=float(\"-inf\")", "mask=columns <= width, other=float(\"-inf\")"
+    "the mask of a row that begins anywhere is one column wide of it": Mutant(
+        "blocks.py", "[None, :] < left[:, None]", "[None, :] <= left[:, None]"
     ),
-    "columns beyond the row count as logits of 0": Mutant(
-        "kernels.py", "mask=columns < width, other=float(\"-inf\")", "mask=columns < width, other=0.0"
+    "the mask of an aligned row is one vector wide of it": Mutant(
+        "blocks.py", "< width // VECTOR * VECTOR  # a multiple", "< width // VECTOR * VECTOR + VECTOR  # a multiple"
     ),
+    "columns beyond the row count as logits of 0": Mutant("blocks.py", "x = float(\"-inf\")", "x = 0.0"),
+    "16-bit columns beyond the row count as logits of 0": Mutant(
+        "blocks.py", "tl.where(fp16, -1024, -128)", "tl.where(fp16, 0, 0)"
+    ),
+    "a mask of fp16 beyond a row of bf16": Mutant(
+        "blocks.py", "tl.where(fp16, -1024, -128)", "tl.where(fp16, -128, -1024)"
+    ),
+    "every row is taken as aligned": Mutant("launch.py", "row.WIDE: wide", "row.WIDE: True"),
+    "fp16 is read as bf16": Mutant("launch.py", "row.STUDENT_FP16: fp16[0]", "row.STUDENT_FP16: False"),
+    "the teacher is read as the student": Mutant("launch.py", "row.TEACHER_FP16: fp16[1]", "row.TEACHER_FP16: fp16[0]"),
     "the padding counts in label smoothing": Mutant(
-        "row.py", "return tl.minimum(tl.maximum(left, 0), VECTOR)", "return tl.maximum(left * 0, VECTOR)"
+        "row.py", "seen += tl.minimum(tl.maximum(left, 0), s.shape[1])", "seen += tl.maximum(left * 0, s.shape[1])"
     ),
     "0 times infinity counts": Mutant("row.py", "tl.where(weight > 0, weight * value, 0.0)", "weight * value"),
     "columns beyond the shared vocabulary get a gradient": Mutant(
-        "kernels.py", "tl.where(columns < columns_shared, d, 0.0)", "d + 0.0 * columns_shared"
+        "kernels.py", "if shared_width < width:", "if shared_width > width:"
     ),
     # rescaling
-    "sums are not rebased": Mutant(
-        "row.py", "sum_s, sum_t = p.sum_s * scale_s, p.sum_t * scale_t", "sum_s, sum_t = p.sum_s, p.sum_t"
-    ),
-    "the dot product is not rebased": Mutant("row.py", "p.sum_t * (shift_t - shift_s)", "p.sum_t * 0.0"),
+    "sums of blocks are not rebased": Mutant("row.py", "p.sum_s * scale_s + tl.sum(e_s", "p.sum_s + tl.sum(e_s"),
+    "sums of lanes are not rebased": Mutant("row.py", "tl.sum(p.sum_t * scale_t, axis=0)", "tl.sum(p.sum_t, axis=0)"),
+    "the dot product is not rebased": Mutant("row.py", "total * shift)", "total * 0.0)"),
     "the hard sum is rebased by the tempered factor": Mutant(
-        "row.py", "sum_hard *= tl.exp2(soft.temperature * shift_s)", "sum_hard *= scale_s"
+        "row.py", "p.sum_hard * tl.exp2(soft.temperature * shift_s)", "p.sum_hard * tl.exp2(shift_s)"
     ),
     # tails and splits
     "the last block of a row is dropped": Mutant(
@@ -66,24 +75,26 @@ MUTANTS = {
     "the last piece of a row is not merged": Mutant("pieces.py", "lane < count,", "lane < count - 1,"),
     "the first piece stands for all": Mutant("pieces.py", "at + lane * FIELDS", "at + lane * 0"),
     # offsets
-    "32-bit offsets": Mutant("kernels.py", "(n // inner).to(tl.int64) * outer_stride", "(n // inner) * outer_stride"),
+    "32-bit offsets": Mutant("blocks.py", "(n // inner).to(tl.int64) * outer_stride", "(n // inner) * outer_stride"),
     "the outer stride is left out": Mutant(
-        "kernels.py", "(n // inner).to(tl.int64) * outer_stride + ", "0 * outer_stride + "
+        "blocks.py", "(n // inner).to(tl.int64) * outer_stride + ", "0 * outer_stride + "
     ),
     # the rest of a row
     "ignored rows get a gradient": Mutant(
-        "kernels.py", "tl.store(gradient + columns, zeros", "tl.store(gradient + columns, zeros + 1"
+        "blocks.py", "tl.zeros([LANES, VECTOR], tl.float32)", "tl.zeros([LANES, VECTOR], tl.float32) + 1"
     ),
-    "ignored rows count in the mean": Mutant("ends.py", "tl.where(counts, weight, 0.0)", "weight"),
-    "the label's column is missed": Mutant("row.py", "columns == label, c.label", "columns == label - 1, c.label"),
+    "ignored rows count in the mean": Mutant("ends.py", "(n < rows) & (label != ignore_index)", "n < rows"),
+    "the label's column is missed": Mutant("row.py", "label.to(tl.int32) - first", "label.to(tl.int32) - 1 - first"),
     "T for T squared": Mutant("kernels.py", "soft.temperature * soft.temperature", "soft.temperature"),
-    "fp16 gradients are divided twice": Mutant("ends.py", "1.0 if NORMALISED else scale", "scale"),
+    "fp16 gradients are divided twice": Mutant("ends.py", "tl.where(normalised, 1.0, scale)", "scale"),
     "upstream of the first row for all": Mutant("ends.py", "n.to(tl.int64) * upstream_stride", "0 * n"),
     "the tie of total_variation takes a side": Mutant("row.py", "tl.where(tie, 0.0, dlogq)", "dlogq"),
     "the top of a later lane wins a tie": Mutant(
         "row.py", "tl.min(tl.where(p.largest_s == largest_s, p.top_s, NO_COLUMN), axis=0)",
         "tl.max(tl.where(p.largest_s == largest_s, p.top_s, -1), axis=0)",
     ),
+    "weights are not asked for": Mutant("launch.py", "row.WEIGHTS: call.weights is not None", "row.WEIGHTS: False"),
+    "a cross-entropy of weight 1": Mutant("kernels.py", "tl.where(o.ce_weight == 0, 0.0, o.ce_weight * ce)", "ce"),
     "the chain rule of the softcap": Mutant("kernels.py", "1.0, 1.0 - u * u)", "1.0, 1.0 - u)"),
 }  # fmt: skip
 
@@ -95,6 +106,18 @@ CASES = [
     (Case("two strides", lead=(3, 4), vocab=33, layout="shifted"), "reverse_kl", True),
     (Case("ties", lead=(2,), vocab=300, regime="flat"), "total_variation", False),
     (Case("fp16 mean", lead=(4,), vocab=300, student_dtype=FP16, teacher_dtype=FP16), "forward_kl", False),
+    (
+        Case(
+            "several blocks a program, two dtypes",
+            lead=(8,),
+            vocab=_V,
+            regime="ascending",
+            student_dtype=FP16,
+            teacher_dtype=BF16,
+        ),
+        "symmetric_kl",
+        True,
+    ),
     (Case("truncated", lead=(2,), vocab=600, teacher_vocab=320, options={"vocab": "truncate"}), "symmetric_kl", True),
 ]
 

@@ -36,10 +36,13 @@ def block_columns(block, LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def begin_of(row, block, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Where the block begins, for rows of which that is a multiple of VECTOR elements."""
-    size: tl.constexpr = VECTOR * (row.dtype.element_ty.primitive_bitwidth // 8)
-    return tl.multiple_of(row + block * (LANES * VECTOR), 16 if size > 16 else size)
+def row_at(tensor, n, inner, outer_stride, inner_stride, VECTOR: tl.constexpr):
+    """Row n. Triton lays threads out by what it knows of pointers, VECTOR neighbours each, and accesses as much at a
+    time as it knows of pointers and mask. A row that begins anywhere gets the same layout, and is accessed element by
+    element since nothing is known of its mask (`before`)."""
+    size: tl.constexpr = VECTOR * (tensor.dtype.element_ty.primitive_bitwidth // 8)
+    row = tensor + row_offset(n, inner, outer_stride, inner_stride)
+    return tl.multiple_of(row, 16 if size > 16 else size)
 
 
 @triton.jit
@@ -87,7 +90,7 @@ def load_raw(row, block, width, wide, other, LANES: tl.constexpr, VECTOR: tl.con
     """A block as it lies in memory, `other` beyond the row."""
     if wide:
         inside = block_columns(block, LANES, VECTOR) < width // VECTOR * VECTOR  # a multiple, and known as one
-        x = tl.load(begin_of(row, block, LANES, VECTOR) + block_columns(0, LANES, VECTOR), mask=inside, other=other)
+        x = tl.load(row + block_columns(block, LANES, VECTOR), mask=inside, other=other)
     else:
         inside = before(width - first_columns(block, LANES, VECTOR), VECTOR)
         x = tl.load(row + block_columns(block, LANES, VECTOR), mask=inside, other=other)
@@ -148,7 +151,7 @@ def store_block(row, block, x, width, fp16, wide, LANES: tl.constexpr, VECTOR: t
         stored = x
     if wide:
         inside = block_columns(block, LANES, VECTOR) < width // VECTOR * VECTOR
-        tl.store(begin_of(row, block, LANES, VECTOR) + block_columns(0, LANES, VECTOR), stored, mask=inside)
+        tl.store(row + block_columns(block, LANES, VECTOR), stored, mask=inside)
     else:
         inside = before(width - first_columns(block, LANES, VECTOR), VECTOR)
         tl.store(row + block_columns(block, LANES, VECTOR), stored, mask=inside)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .blocks import load_one_block, row_offset, run_time, store_block
+from .blocks import load_one_block, row_at, run_time, store_block
 from .row import LABELS, STUDENT_FP16, WEIGHTS, WIDE, has
 
 # Bits of `asked` besides those of row.py
@@ -60,8 +60,8 @@ def rescale_kernel(
     factor = tl.load(upstream + n.to(tl.int64) * upstream_stride) * tl.load(pending)
     if has(asked, IN_PLACE) & (factor == 1):
         return
-    s_row = source + row_offset(n, s_inner, s_outer, s_stride)
-    d_row = scaled + row_offset(n, d_inner, d_outer, d_stride)
+    s_row = row_at(source, n, s_inner, s_outer, s_stride, VECTOR)
+    d_row = row_at(scaled, n, d_inner, d_outer, d_stride, VECTOR)
     fp16, wide = has(asked, STUDENT_FP16), has(asked, WIDE)
     for block in range(split * blocks, tl.minimum((split + 1) * blocks, tl.cdiv(width, LANES * VECTOR))):
         x = load_one_block(s_row, block, width, fp16, wide, LANES, VECTOR)

@@ -20,10 +20,11 @@ from .blocks import (
     first_columns,
     load_blocks,
     logit_at_column,
-    row_offset,
+    row_at,
     run_time,
     store_block,
 )
+from .blocks import row_offset as row_offset  # for sparse_kernels.py
 from .pieces import FIELDS, LABEL_FIELD, MAX_PIECES, merged_pieces, store_piece
 from .row import (
     CHECKED,
@@ -201,8 +202,8 @@ def sums_kernel(
     if has(asked, LABELS) & (label == ignore_index):
         return
     soft = softening_of(temperature, temperatures, n, has(asked, TEMPERATURES))
-    s_row = student + row_offset(n, s_inner, s_outer, s_stride)
-    t_row = teacher + row_offset(n, t_inner, t_outer, t_stride)
+    s_row = row_at(student, n, s_inner, s_outer, s_stride, VECTOR)
+    t_row = row_at(teacher, n, t_inner, t_outer, t_stride, VECTOR)
     # in place, the sweep of the gradient finds it overwritten
     label_logit = student_logit(s_row, label, width, asked, student_softcap, FULL)
     p = empty_piece(LANES)
@@ -226,9 +227,9 @@ def terms_kernel(
     if has(asked, LABELS) & (label_of(labels, n, has(asked, LABELS)) == ignore_index):
         return
     soft = softening_of(temperature, temperatures, n, has(asked, TEMPERATURES))
-    row = merged_pieces(pieces + n.to(tl.int64) * splits * FIELDS, splits, soft, 0, DIVERGENCE, False)
-    s_row = student + row_offset(n, s_inner, s_outer, s_stride)
-    t_row = teacher + row_offset(n, t_inner, t_outer, t_stride)
+    row = merged_pieces(pieces + n.to(tl.int64) * splits * FIELDS, splits, soft, asked & 0, DIVERGENCE, False)
+    s_row = row_at(student, n, s_inner, s_outer, s_stride, VECTOR)
+    t_row = row_at(teacher, n, t_inner, t_outer, t_stride, VECTOR)
     term_sum, dlogq_sum = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     for block in range(split * blocks, tl.minimum((split + 1) * blocks, tl.cdiv(width, LANES * VECTOR))):
         s, t = load_blocks(s_row, t_row, block, width, asked, student_softcap, teacher_softcap, FULL, LANES, VECTOR)
@@ -256,7 +257,7 @@ def gradient_kernel(
     first = split * blocks
     last = tl.minimum(first + blocks, tl.cdiv(gradient_width, LANES * VECTOR))
     label = label_of(labels, n, has(asked, LABELS))
-    d_row = gradient + row_offset(n, d_inner, d_outer, d_stride)
+    d_row = row_at(gradient, n, d_inner, d_outer, d_stride, VECTOR)
     if has(asked, LABELS) & (label == ignore_index):
         if split == 0:
             ignore_row(n, rows, row_loss, stats, has(asked, STATS))
@@ -277,8 +278,8 @@ def gradient_kernel(
         n, rows, row, term_sum, dlogq_sum, label_logit, poison_of(labels, label, width, soft, has(asked, CHECKED)),
         scales, weights, row_loss, stats, split == 0, o, soft, asked, DIVERGENCE, FULL,
     )  # fmt: skip
-    s_row = student + row_offset(n, s_inner, s_outer, s_stride)
-    t_row = teacher + row_offset(n, t_inner, t_outer, t_stride)
+    s_row = row_at(student, n, s_inner, s_outer, s_stride, VECTOR)
+    t_row = row_at(teacher, n, t_inner, t_outer, t_stride, VECTOR)
     for block in range(first, last):
         s, t = load_blocks(s_row, t_row, block, width, asked, student_softcap, teacher_softcap, FULL, LANES, VECTOR)
         d = gradient_of_block(s, t, first_columns(block, LANES, VECTOR), row, c, label, o, soft, asked, DIVERGENCE)
@@ -297,15 +298,15 @@ def resident_kernel(
     """A whole row, of at most LANES x VECTOR columns, read once: 3 N V for every divergence."""
     n = tl.program_id(0)
     label = label_of(labels, n, has(asked, LABELS))
-    d_row = gradient + row_offset(n, d_inner, d_outer, d_stride)
+    d_row = row_at(gradient, n, d_inner, d_outer, d_stride, VECTOR)
     if has(asked, LABELS) & (label == ignore_index):
         ignore_row(n, rows, row_loss, stats, has(asked, STATS))
         clear_row(d_row, gradient_width, 0, 1, has(asked, WIDE), LANES, VECTOR)
         return
     soft = softening_of(temperature, temperatures, n, has(asked, TEMPERATURES))
     o = RowOptions(beta, beta_rest, by_t2, kd_weight, ce_weight, label_smoothing, z_loss)
-    s_row = student + row_offset(n, s_inner, s_outer, s_stride)
-    t_row = teacher + row_offset(n, t_inner, t_outer, t_stride)
+    s_row = row_at(student, n, s_inner, s_outer, s_stride, VECTOR)
+    t_row = row_at(teacher, n, t_inner, t_outer, t_stride, VECTOR)
     s, t = load_blocks(s_row, t_row, 0, width, asked, student_softcap, teacher_softcap, True, LANES, VECTOR)
     p = with_block(empty_piece(LANES), s, t, first_columns(0, LANES, VECTOR), width, soft, asked, DIVERGENCE, True)
     row = collapsed(p, soft, asked, DIVERGENCE, True)
