@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -213,17 +212,6 @@ def test_parts_of_every_plan_are_the_vocabulary() -> None:
             for vocab in (2, 37, 6149):
                 columns = [c for part in sorted(shard_cases.shards(plan, vocab, world)) for c in range(*part)]
                 assert columns == list(range(vocab)), (plan, world, vocab)
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_triton_kernels_compile_for_gpus() -> None:
-    """In a process of its own: here Triton may have been imported for its interpreter."""
-    tests = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "triton_driver", "triton_shard.py"]
-    path = os.pathsep.join([str(tests), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

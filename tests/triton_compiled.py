@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import triton
 import triton_specialisations as listed
 from triton.compiler import CompiledKernel
-from triton_driver import TARGETS, Launch, compile_for
+from triton_driver import TARGETS, compile_for
 
 from fastkd.triton import launch
 from fastkd.triton.specialisations import Specialisation
 
-__all__ = ["Launch"]  # for triton_sparse_compiled.py
-
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDE = 128256  # a vocabulary that is swept
 # Vector registers per thread of gfx942, which takes no limit: seven waves a SIMD; five with statistics or softcaps and
 # for resident rows.
@@ -79,22 +79,13 @@ def resources_of(compiled: CompiledKernel) -> Resources:
 TARGET_NAMES = os.environ.get("FASTKD_TRITON_TARGETS", ",".join(TARGETS)).split(",")
 
 
-@pytest.fixture(params=TARGET_NAMES)
-def target(request: pytest.FixtureRequest) -> str:
-    compile_for(request.param)
-    return request.param
-
-
-def _limit(target: str, busy: bool) -> int:
-    if target.startswith("gfx"):
-        return BUSY_AMD if busy else PLAIN_AMD
-    return launch.BUSY_REGISTERS if busy else launch.PLAIN_REGISTERS
-
-
 def _limit_of(x: Specialisation, target: str) -> int:
     if x.kernel in ("scale_kernel", "total_kernel"):
         return launch.BUSY_REGISTERS
-    return _limit(target, bool(x.constants.get("FULL")) or x.kernel == "resident_kernel")
+    busy = bool(x.constants.get("FULL")) or x.kernel == "resident_kernel"
+    if target.startswith("gfx"):
+        return BUSY_AMD if busy else PLAIN_AMD
+    return launch.BUSY_REGISTERS if busy else launch.PLAIN_REGISTERS
 
 
 def _check_accesses(x: Specialisation, found: Resources, told: str) -> None:

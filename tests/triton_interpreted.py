@@ -19,7 +19,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 import fastkd
 from fastkd import ops as core_ops
-from fastkd.triton import kernels, launch, ops
+from fastkd.triton import blocks, launch, ops
 
 OPTIONS = {"temperature": 2.0, "ce_weight": 0.5, "backend": "triton"}
 WIDE, NARROW = 20000, 3000  # swept; resident
@@ -169,7 +169,7 @@ def test_a_wrong_argument_makes_its_row_nan(wrong: str, divergence: str, vocab: 
 
 @triton.jit
 def _offsets_kernel(out, n, inner, outer_stride, inner_stride):
-    tl.store(out, kernels.row_offset(tl.load(n), inner, outer_stride, inner_stride))
+    tl.store(out, blocks.row_offset(tl.load(n), inner, outer_stride, inner_stride))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 import torch
 import triton_driver
-from triton_compiled import DTYPES, WIDE, Launch, resources_of
+from triton_compiled import DTYPES, WIDE, resources_of
+from triton_driver import Launch
 
 from fastkd.triton import launch, sparse, sparse_plan
 

@@ -13,18 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import (
-    before,
-    block_columns,
-    clear_row,
-    first_columns,
-    load_blocks,
-    logit_at_column,
-    row_at,
-    run_time,
-    store_block,
-)
-from .blocks import row_offset as row_offset  # for sparse_kernels.py
+from .blocks import before, clear_row, first_columns, load_blocks, logit_at_column, row_at, run_time, store_block
 from .pieces import FIELDS, LABEL_FIELD, MAX_PIECES, merged_pieces, store_piece
 from .row import (
     CHECKED,
@@ -52,27 +41,21 @@ from .row import (
 
 
 @triton.jit
-def softening_of(temperature, temperatures, n, given=True):
-    if temperatures is not None:
-        temperature = tl.load(temperatures + n, mask=given, other=temperature)
-    return Softening(temperature, 1.4426950408889634 / temperature)  # log2(e) / T
+def softening_of(temperature, temperatures, n, asked):
+    t = tl.load(temperatures + n, mask=has(asked, TEMPERATURES), other=temperature)
+    return Softening(t, 1.4426950408889634 / t)  # log2(e) / T
 
 
 @triton.jit
-def label_of(labels, n, given=True):
-    label = tl.full([], -1, tl.int64)
-    if labels is not None:
-        label = tl.load(labels + n, mask=given, other=-1)
-    return label
+def label_of(labels, n, asked):
+    return tl.load(labels + n, mask=has(asked, LABELS), other=-1)
 
 
 @triton.jit
-def poison_of(labels, label, width, soft, checked=True):
+def poison_of(label, width, soft, asked):
     """NaN for a row whose label or temperature is out of range, else 0: nothing on the device can raise."""
     poison = tl.where(soft.temperature > 0, tl.where(soft.temperature < float("inf"), 0.0, float("nan")), float("nan"))
-    if labels is not None:
-        poison = tl.where(((label < 0) | (label >= width)) & checked, float("nan"), poison)
-    return poison
+    return tl.where(((label < 0) | (label >= width)) & has(asked, CHECKED), float("nan"), poison)
 
 
 @triton.jit
@@ -122,12 +105,11 @@ def finish_row(
 
 
 @triton.jit
-def ignore_row(n, rows, row_loss, stats, with_stats=True):
+def ignore_row(n, rows, row_loss, stats, asked):
     tl.store(row_loss + n, 0.0)
-    if stats is not None:
-        if with_stats:
-            for i in tl.static_range(5):
-                tl.store(stats + n + i * rows.to(tl.int64), 0.0)
+    if has(asked, STATS):
+        for i in tl.static_range(5):
+            tl.store(stats + n + i * rows.to(tl.int64), 0.0)
 
 
 @triton.jit
@@ -150,44 +132,6 @@ def store_gradient_block(
     store_block(row, block, d, width, has(asked, STUDENT_FP16), has(asked, WIDE), LANES, VECTOR)
 
 
-# --- the same of a tensor in its own dtype, for the kernels with a sparse teacher -----------------------------------
-
-
-@triton.jit
-def load_block(row, columns, width, softcap, CAPPED: tl.constexpr):
-    x = tl.load(row + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
-    if CAPPED:
-        x = softcapped(x, softcap)
-    return x
-
-
-@triton.jit
-def logit_at(row, label, width, softcap, CAPPED: tl.constexpr):
-    x = tl.load(row + label, mask=(label >= 0) & (label < width), other=0.0).to(tl.float32)
-    if CAPPED:
-        x = softcapped(x, softcap)
-    return x
-
-
-@triton.jit
-def zero_row(gradient, width, first, last, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    for block in range(first, last):
-        columns = block_columns(block, LANES, VECTOR)
-        zeros = tl.zeros([LANES, VECTOR], gradient.dtype.element_ty)
-        tl.store(gradient + columns, zeros, mask=columns < width)
-
-
-@triton.jit
-def store_gradient(gradient, d, s, columns, columns_shared, width, softcap, CAPPED: tl.constexpr):
-    if CAPPED:
-        d = through_softcap(d, s, softcap)
-    d = tl.where(columns < columns_shared, d, 0.0)
-    tl.store(gradient + columns, d.to(gradient.dtype.element_ty), mask=columns < width)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-
-
 @run_time
 def sums_kernel(
     student, s_inner, s_outer: tl.int64, s_stride: tl.int64, teacher, t_inner, t_outer: tl.int64, t_stride: tl.int64,
@@ -198,10 +142,10 @@ def sums_kernel(
     """First sweep: the sums of one piece of a row. Programs (row, split); reads 2 N V."""
     program = tl.program_id(0)
     n, split = program // splits, program % splits
-    label = label_of(labels, n, has(asked, LABELS))
+    label = label_of(labels, n, asked)
     if has(asked, LABELS) & (label == ignore_index):
         return
-    soft = softening_of(temperature, temperatures, n, has(asked, TEMPERATURES))
+    soft = softening_of(temperature, temperatures, n, asked)
     s_row = row_at(student, n, s_inner, s_outer, s_stride, VECTOR)
     t_row = row_at(teacher, n, t_inner, t_outer, t_stride, VECTOR)
     # in place, the sweep of the gradient finds it overwritten
@@ -224,9 +168,9 @@ def terms_kernel(
     """Second sweep of jsd, total_variation and the skew divergences: sums of term and dlogq; reads 2 N V."""
     program = tl.program_id(0)
     n, split = program // splits, program % splits
-    if has(asked, LABELS) & (label_of(labels, n, has(asked, LABELS)) == ignore_index):
+    if has(asked, LABELS) & (label_of(labels, n, asked) == ignore_index):
         return
-    soft = softening_of(temperature, temperatures, n, has(asked, TEMPERATURES))
+    soft = softening_of(temperature, temperatures, n, asked)
     row = merged_pieces(pieces + n.to(tl.int64) * splits * FIELDS, splits, soft, asked & 0, DIVERGENCE, False)
     s_row = row_at(student, n, s_inner, s_outer, s_stride, VECTOR)
     t_row = row_at(teacher, n, t_inner, t_outer, t_stride, VECTOR)
@@ -256,14 +200,14 @@ def gradient_kernel(
     n, split = rows - 1 - tl.program_id(0) // splits, tl.program_id(0) % splits
     first = split * blocks
     last = tl.minimum(first + blocks, tl.cdiv(gradient_width, LANES * VECTOR))
-    label = label_of(labels, n, has(asked, LABELS))
+    label = label_of(labels, n, asked)
     d_row = row_at(gradient, n, d_inner, d_outer, d_stride, VECTOR)
     if has(asked, LABELS) & (label == ignore_index):
         if split == 0:
-            ignore_row(n, rows, row_loss, stats, has(asked, STATS))
+            ignore_row(n, rows, row_loss, stats, asked)
         clear_row(d_row, gradient_width, first, last, has(asked, WIDE), LANES, VECTOR)
         return
-    soft = softening_of(temperature, temperatures, n, has(asked, TEMPERATURES))
+    soft = softening_of(temperature, temperatures, n, asked)
     o = RowOptions(beta, beta_rest, by_t2, kd_weight, ce_weight, label_smoothing, z_loss)
     at = pieces + n.to(tl.int64) * pieces_per_row * FIELDS
     row = merged_pieces(at, pieces_per_row, soft, asked, DIVERGENCE, FULL)
@@ -275,7 +219,7 @@ def gradient_kernel(
         term_sum = tl.sum(tl.load(term, mask=piece < pieces_per_row, other=0.0), axis=0)
         dlogq_sum = tl.sum(tl.load(term + 1, mask=piece < pieces_per_row, other=0.0), axis=0)
     c = finish_row(
-        n, rows, row, term_sum, dlogq_sum, label_logit, poison_of(labels, label, width, soft, has(asked, CHECKED)),
+        n, rows, row, term_sum, dlogq_sum, label_logit, poison_of(label, width, soft, asked),
         scales, weights, row_loss, stats, split == 0, o, soft, asked, DIVERGENCE, FULL,
     )  # fmt: skip
     s_row = row_at(student, n, s_inner, s_outer, s_stride, VECTOR)
@@ -297,13 +241,13 @@ def resident_kernel(
 ):  # fmt: skip
     """A whole row, of at most LANES x VECTOR columns, read once: 3 N V for every divergence."""
     n = tl.program_id(0)
-    label = label_of(labels, n, has(asked, LABELS))
+    label = label_of(labels, n, asked)
     d_row = row_at(gradient, n, d_inner, d_outer, d_stride, VECTOR)
     if has(asked, LABELS) & (label == ignore_index):
-        ignore_row(n, rows, row_loss, stats, has(asked, STATS))
+        ignore_row(n, rows, row_loss, stats, asked)
         clear_row(d_row, gradient_width, 0, 1, has(asked, WIDE), LANES, VECTOR)
         return
-    soft = softening_of(temperature, temperatures, n, has(asked, TEMPERATURES))
+    soft = softening_of(temperature, temperatures, n, asked)
     o = RowOptions(beta, beta_rest, by_t2, kd_weight, ce_weight, label_smoothing, z_loss)
     s_row = row_at(student, n, s_inner, s_outer, s_stride, VECTOR)
     t_row = row_at(teacher, n, t_inner, t_outer, t_stride, VECTOR)
@@ -316,7 +260,7 @@ def resident_kernel(
         value, dlogq, _e_s, _y_s = terms_of_block(s, t, row, soft, beta, beta_rest, DIVERGENCE)
         term_sum, dlogq_sum = tl.sum(tl.sum(value, axis=1), axis=0), tl.sum(tl.sum(dlogq, axis=1), axis=0)
     c = finish_row(
-        n, rows, row, term_sum, dlogq_sum, label_logit, poison_of(labels, label, width, soft, has(asked, CHECKED)),
+        n, rows, row, term_sum, dlogq_sum, label_logit, poison_of(label, width, soft, asked),
         scales, weights, row_loss, stats, n == n, o, soft, asked, DIVERGENCE, True,
     )  # fmt: skip
     if gradient_width > 0:

@@ -221,9 +221,14 @@ def asked_of_rows(student: Rows, teacher: Rows, gradient: Rows | None, widths: t
     return asked_of({row.WIDE: wide, row.STUDENT_FP16: fp16[0], row.TEACHER_FP16: fp16[1]})
 
 
+@functools.cache
+def absent(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Stands for a tensor that is not there, and that `asked` keeps from being read."""
+    return torch.empty(0, dtype=dtype, device=device)
+
+
 def given(x: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """x, or what stands for a tensor that is not there and that `asked` keeps from being read."""
-    return torch.empty(0, dtype=dtype, device=device) if x is None else x
+    return absent(dtype, device) if x is None else x
 
 
 class Rest(NamedTuple):
