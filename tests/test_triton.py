@@ -39,7 +39,7 @@ RUNS = {
          "not small_fp16 and not gradcheck and not eager and not handed_over and not loss_and_gradient[dtype0"), 40,
     ),
     "what Triton's kernels alone promise": Run((*PLUGIN, "triton_interpreted.py"), 48),
-    "planted bugs": Run((*PLUGIN, "--small-blocks", "triton_mutants.py"), 20),
+    "planted bugs": Run((*PLUGIN, "--small-blocks", "triton_mutants.py"), 33),
     "operators": Run((*PLUGIN, "test_ops.py", "-k", "not eager and not inductor"), 40),
 }  # fmt: skip
 

@@ -44,7 +44,7 @@ def _cast_like_the_hardware(self: InterpreterBuilder, src: TensorHandle, dst_typ
 
 def sweep_in_small_blocks(host=launch) -> None:
     """Several blocks, pieces and programs even for rows that would stay in registers. host: launch.py or a copy."""
-    host.RESIDENT_BLOCKS.update({2: [], 4: []})
+    host.RESIDENT_BLOCKS.clear()
     host.SWEEP_BLOCKS.update({2: host.Block(128, 8, 128), 4: host.Block(128, 4, 128)})
 
 

@@ -33,7 +33,7 @@ def every() -> list[Specialisation]:
 
 def title(x: Specialisation) -> str:
     words = [x.kernel, x.student or "", x.teacher or "", x.constants.get("DIVERGENCE", "")]
-    words += ["full" if x.constants.get("FULL") else "", x.constants["LANES"] if "resident" in x.kernel else ""]
+    words += ["full" if x.constants.get("FULL") else ""]
     return "-".join(str(word) for word in words if word)
 
 
@@ -72,7 +72,7 @@ def compiled(x: Specialisation, name: str) -> CompiledKernel:
 
 
 def compiled_again(x: Specialisation, first: CompiledKernel, name: str) -> CompiledKernel:
-    """The same for another target of the same maker, from the intermediate code that they have in common."""
+    """The same for another target, from the intermediate code that they have in common."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ttir")
         path.write_text(first.asm["ttir"])
@@ -82,11 +82,8 @@ def compiled_again(x: Specialisation, first: CompiledKernel, name: str) -> Compi
 def compiled_for(title_: str, names: list[str]) -> dict[str, CompiledKernel]:
     """Target -> the specialisation of that title."""
     found: dict[str, CompiledKernel] = {}
-    makers: dict[str, CompiledKernel] = {}
     for name in names:
         compile_for(name)
         (x,) = [x for x in every() if title(x) == title_]
-        first = makers.get(TARGETS[name].backend)
-        found[name] = compiled(x, name) if first is None else compiled_again(x, first, name)
-        makers.setdefault(TARGETS[name].backend, found[name])
+        found[name] = compiled_again(x, found[names[0]], name) if found else compiled(x, name)
     return found

@@ -132,18 +132,15 @@ SWEEP_BLOCKS = {2: Block(lanes=256, vector=8, threads=256), 4: Block(lanes=256, 
 # Registers a thread, of 65536 a multiprocessor: three programs of 256 threads, two with statistics or softcaps. Stated,
 # since a compiler left to itself may spill for an occupancy of its own choice.
 PLAIN_REGISTERS, BUSY_REGISTERS = 80, 128
-# Blocks, the narrowest first, that hold a whole row in registers: 8 columns a thread. Twice as many columns spill with
-# jsd or with every option, whatever the threads.
-RESIDENT_BLOCKS = {
-    2: [Block(lanes=128, vector=8, threads=128), Block(lanes=512, vector=8, threads=512)],
-    4: [Block(lanes=256, vector=4, threads=128), Block(lanes=1024, vector=4, threads=512)],
-}
+# The block that holds a whole row in registers, 8 columns a thread. Twice as many columns spill, whatever the threads.
+RESIDENT_BLOCKS = {2: Block(lanes=512, vector=8, threads=512), 4: Block(lanes=1024, vector=4, threads=512)}
 PROGRAMS_PER_PROCESSOR = 8  # below this many, rows are split
 
 
 def resident_block(columns: int, item_size: int) -> Block | None:
     """The block that holds a whole row of so many columns; None where it has to be swept."""
-    return next((block for block in RESIDENT_BLOCKS[item_size] if columns <= block.columns), None)
+    block = RESIDENT_BLOCKS.get(item_size)
+    return block if block is not None and columns <= block.columns else None
 
 
 def split_rows(rows: int, columns: int, block: Block, processors: int) -> Split:

@@ -44,10 +44,9 @@ def _sweeps(student: int, teacher: int, full: bool, device: torch.device) -> Ite
 
 
 def _resident(student: int, teacher: int, device: torch.device) -> Iterator[Specialisation]:
-    for block in launch.RESIDENT_BLOCKS[student]:
-        shape = launch.shape_of(block, device, busy=True)
-        for divergence in SPECS:
-            yield Specialisation("resident_kernel", student, teacher, {"DIVERGENCE": divergence, **shape})
+    shape = launch.shape_of(launch.RESIDENT_BLOCKS[student], device, busy=True)
+    for divergence in SPECS:
+        yield Specialisation("resident_kernel", student, teacher, {"DIVERGENCE": divergence, **shape})
 
 
 def every(device: torch.device) -> list[Specialisation]:
