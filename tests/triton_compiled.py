@@ -24,9 +24,9 @@ from fastkd.triton.specialisations import Specialisation
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDE = 128256  # a vocabulary that is swept
-# Vector registers per thread of gfx942, which takes no limit: seven waves a SIMD; five with statistics or softcaps and
+# Vector registers per thread of gfx942, which takes no limit: six waves a SIMD; four with statistics or softcaps and
 # for resident rows.
-PLAIN_AMD, BUSY_AMD = 72, 96
+PLAIN_AMD, BUSY_AMD = 80, 128
 
 
 class Resources(NamedTuple):
