@@ -12,8 +12,9 @@ from fastkd import ops
 
 # Files of a minute or more, longest first. A file runs on one core: begun last, one would leave the others idle.
 LONG = (
-    "test_loss.py", "test_triton.py", "test_cuda_kernels.py", "test_trainer_resume.py", "test_sparse.py",
-    "test_native_harness.py", "test_mutation.py", "test_cuda_mutation.py", "test_demo.py", "test_triton_sparse.py",
+    "test_loss.py", "test_triton_compiled.py", "test_triton.py", "test_cuda_kernels.py", "test_trainer_resume.py",
+    "test_sparse.py", "test_native_harness.py", "test_mutation.py", "test_cuda_mutation.py", "test_demo.py",
+    "test_triton_sparse.py",
 )  # fmt: skip
 
 
