@@ -8,7 +8,10 @@ interpreter instead, so that the suites of the loss hold for the Triton kernels 
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
+from types import ModuleType
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
 
@@ -18,6 +21,7 @@ import torch
 import triton.language as tl
 from reference import DIVERGENCES
 from torch import Tensor
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastkd import functional
@@ -42,6 +46,21 @@ def _cast_like_the_hardware(self: InterpreterBuilder, src: TensorHandle, dst_typ
     return _cast(self, src, dst_type)
 
 
+_patch_lang = interpreter._patch_lang
+
+
+@functools.cache
+def _languages_of(function: Callable) -> tuple[ModuleType, ...]:
+    return tuple(x for x in function.__globals__.values() if x is tl or x is tl.core)
+
+
+def _patch_once(function: Callable) -> interpreter._LangPatchScope:
+    """The interpreter replaces Triton's language again in every call of a device function: half of its time."""
+    if any(tl.core.is_builtin(language.load) for language in _languages_of(function)):
+        return _patch_lang(function)
+    return interpreter._LangPatchScope()
+
+
 def sweep_in_small_blocks(host=launch) -> None:
     """Several blocks, pieces and programs even for rows that would stay in registers. host: launch.py or a copy."""
     host.RESIDENT_BLOCKS.clear()
@@ -57,6 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
     assert launch.INTERPRETED
     functional.select_backend = _triton_for_native
     InterpreterBuilder.cast_impl = _cast_like_the_hardware
+    interpreter._patch_lang = _patch_once
     np.seterr(all="ignore")  # masked lanes compute what tl.where throws away
     if config.getoption("--small-blocks"):
         sweep_in_small_blocks()
