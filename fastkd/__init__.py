@@ -3,8 +3,8 @@
 from .backends import backends, explain
 from .functional import kd_loss
 from .linear import linear_kd_loss
-from .linear_sparse import LinearSparseKDLoss, linear_sparse_kd_loss
-from .modules import KDLoss, LinearKDLoss
+from .linear_sparse import linear_sparse_kd_loss
+from .modules import KDLoss, LinearKDLoss, LinearSparseKDLoss
 from .shard import VocabShard
 from .sparse import SparseKDLoss, sparse_kd_loss
 from .stats import KDStats

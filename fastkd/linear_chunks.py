@@ -156,10 +156,12 @@ class Gradients:
         self.bias_dtype = None if bias is None else kept_dtype(bias)
 
     def add(
-        self, gradient: Tensor, hidden: Tensor, weight: Tensor, selection: Selection, rows: slice, free: Tensor | None
-    ) -> None:
-        """gradient: (R, V') of a chunk's logits; hidden: its (R, H); weight: (V', H); free: memory for products."""
-        count = selection.live_of(rows) if self.by_count else None
+        self, gradient: Tensor, hidden: Tensor, weight: Tensor, selection: Selection, rows: slice,
+        count: Tensor | None, free: Tensor | None,
+    ) -> None:  # fmt: skip
+        """gradient: (R, V') of a chunk's logits; hidden: its (R, H); weight: (V', H); count: how many of the R, for
+        products that take it; free: memory for the others."""
+        count = count if self.by_count else None
         if self.hidden is not None:
             values = hidden_gradient(gradient, weight, free, count)
             if count is not None and selection.ignored is not None:  # beyond the count they are no numbers
@@ -260,7 +262,7 @@ class _Chunks:
         value, _, part = self.operators.forward_(logits, *arguments)
         assert self.student.weight is not None
         # the teacher's logits of the chunk are of no more use
-        sums.add(logits, hidden, self.student.weight, self.selection, chunk, teacher_buffer)
+        sums.add(logits, hidden, self.student.weight, self.selection, chunk, count, teacher_buffer)
         return value, part
 
     def _teacher(self, chunk: slice, buffer, count: Tensor | None) -> tuple[Tensor | None, ...]:

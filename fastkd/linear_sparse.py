@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checks, linear_checks, sparse_checks
 from .backends import select_backend
@@ -15,7 +13,6 @@ from .linear_eager import eager_linear
 from .ops import scalars_of
 from .options import Options, check_options
 from .products import logits_dtype_for
-from .sparse import NOT_OPTIONS
 from .stats import KDStats
 from .topk import TopKTeacher
 
@@ -93,59 +90,3 @@ def linear_sparse_kd_loss(
     if reduction == "none":
         loss = loss.reshape(lead)
     return loss if stats is None else (loss, KDStats(*(x.reshape(lead) for x in stats)))
-
-
-class LinearSparseKDLoss(nn.Module):
-    """:func:`fastkd.linear_sparse_kd_loss` with its options fixed at construction, as :class:`fastkd.LinearKDLoss`.
-
-    Raises:
-        TypeError, ValueError: an option outside its range; the message names it.
-    """
-
-    def __init__(
-        self,
-        *,
-        chunk_size: int | str = "auto",
-        memory_budget: int | None = None,
-        logits_dtype: torch.dtype | None = None,
-        **options,
-    ) -> None:
-        super().__init__()
-        allowed = [name for name in Options._fields if name not in NOT_OPTIONS and name != "inplace"]
-        unknown = sorted(set(options) - set(allowed))
-        if unknown:
-            raise TypeError(f"LinearSparseKDLoss got unknown options {unknown}; allowed: {', '.join(allowed)}")
-        linear_checks.check_chunks(chunk_size, memory_budget)
-        self.chunking: dict[str, Any] = {
-            "chunk_size": chunk_size,
-            "memory_budget": memory_budget,
-            "logits_dtype": logits_dtype,
-        }
-        self.options = Options(**options)
-        check_options(self.options)
-
-    def forward(
-        self,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher: TopKTeacher,
-        labels: Tensor | None = None,
-        *,
-        temperature: Tensor | float | None = None,
-        **tensors: Any,
-    ) -> Tensor | tuple[Tensor, KDStats]:
-        """Shapes and errors as in :func:`fastkd.linear_sparse_kd_loss`; ``temperature`` overrides the module's for this
-        call, ``tensors`` are ``student_bias``, ``token_weights``, ``num_items_in_batch``."""
-        left_out = {*NOT_OPTIONS, "inplace"}
-        keywords = {name: value for name, value in self.options._asdict().items() if name not in left_out}
-        if temperature is not None:
-            keywords["temperature"] = temperature
-        return linear_sparse_kd_loss(
-            student_hidden, student_weight, teacher, labels, **self.chunking, **keywords, **tensors
-        )
-
-    def extra_repr(self) -> str:
-        """The options that differ from their defaults."""
-        defaults = {"chunk_size": "auto", "memory_budget": None, "logits_dtype": None, **Options()._asdict()}
-        given = {**self.chunking, **self.options._asdict()}
-        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != defaults[name])
