@@ -75,6 +75,8 @@ struct RowJob {
 };
 
 FASTKD_FN Stream stream(const char* next, DType dtype) { return {next, kLanes * static_cast<int>(size_of(dtype))}; }
+// Always as many bytes beyond a block: the next one in fp32, the one after that in 16 bits, where one is too near.
+FASTKD_FN Stream ahead(const char* block, DType dtype) { return stream(block + kBlock * sizeof(float), dtype); }
 FASTKD_FN Exponent<Vec> lanes_of(const Exponent<float>& e) { return {Vec(e.reference), Vec(e.slope)}; }
 
 // Whether a block's exponentials wait in memory for the last step, which runs backwards; else it makes them again from
@@ -99,8 +101,8 @@ void first_step(RowJob& job, int64_t begin, int64_t end) {
     const Block t = read_block(job.teacher_at(block), p.teacher.dtype, columns, p.teacher_softcap, view.exp_t);
     view.student = s.logits;
     view.teacher = t.logits;
-    view.next_s = stream(job.student_at(block + 1), p.student.dtype);
-    view.next_t = stream(job.teacher_at(block + 1), p.teacher.dtype);
+    view.next_s = ahead(job.student_at(block), p.student.dtype);
+    view.next_t = ahead(job.teacher_at(block), p.teacher.dtype);
 
     Piece& piece = job.scratch.pieces[block];
     piece = Piece{};
