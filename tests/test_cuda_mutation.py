@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import simt_backend
 import simt_build
+from mutants import planted
 
 SEEDS = (0, 1, 2)
 BLOCK = {"variant": "block", "threads": 128}
@@ -270,9 +271,7 @@ def test_mutant_is_caught(name: str, machine: Machine, tmp_path: Path) -> None:
     csrc = tmp_path / "csrc"
     shutil.copytree(simt_build.CSRC, csrc)
     path = csrc / "kernels" / mutant.file
-    text = path.read_text()
-    assert text.count(mutant.old) == 1, f"{mutant.file} no longer has this once: {mutant.old}"
-    path.write_text(text.replace(mutant.old, mutant.new))
+    path.write_text(planted(path.read_text(), mutant.file, mutant.old, mutant.new))
     ways = [[mutant.launch, mutant.problem, mutant.vocab]]
     for seed, wrong in zip(SEEDS, machine.run(csrc, tmp_path / "build", ways, f"kernels/{mutant.file}")):
         assert re.search(rf"\b({mutant.checks}): ", wrong), f"seed {seed}: {wrong or 'not caught'}"

@@ -5,20 +5,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import harness
 import pytest
+from mutants import Mutant
 
 FLAGS = ("-O1",)
-
-
-class Mutant(NamedTuple):
-    """Replace `old`, which must occur in csrc/`file` exactly once, by `new`."""
-
-    file: str
-    old: str
-    new: str
 
 
 ROW, KERNEL, SWEEPS = "core/row.h", "kernels/cpu/row_kernel.h", "kernels/cpu/sweeps.h"
@@ -27,7 +19,7 @@ SPARSE, SPARSE_ROW, SPARSE_LAUNCH = "core/sparse.h", "kernels/cpu/sparse_row.h",
 PRODUCTS = "kernels/cpu/products.h"
 TERMS, KERNELS, FINISH = "core/divergence.h", "kernels/cpu/kernels.h", "core/finish.h"
 
-MUTANTS = {
+MUTANTS = {  # files of csrc
     # signs
     "sign of the label's gradient": Mutant(ROW, "c.label = -weight", "c.label = weight"),
     "sign of the smoothing's gradient": Mutant(ROW, "c.constant = -weight", "c.constant = weight"),
@@ -182,8 +174,6 @@ def test_mutant_is_caught(name: str, parts: dict[str, list[Path]], tmp_path: Pat
     csrc = tmp_path / "csrc"
     shutil.copytree(harness.ROOT / "csrc", csrc)
     path = csrc / mutant.file
-    original = path.read_text()
-    assert original.count(mutant.old) == 1, f"csrc/{mutant.file} has {original.count(mutant.old)} times: {mutant.old}"
-    path.write_text(original.replace(mutant.old, mutant.new))
+    path.write_text(mutant.planted_in(path.read_text()))
     status, output = _verdict(tmp_path, isa, parts, csrc, "sparse" if name.startswith("sparse:") else "quick")
     assert status != 0, f"survived: {name}\n{output}"

@@ -7,13 +7,13 @@ import importlib
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from inputs import BF16, CHUNK, FP16, Case, make_inputs, reference_of, run_backend
+from mutants import Mutant
 from test_loss import Problem
 from tolerances import assert_close_to_reference
 from triton_plugin import sweep_in_small_blocks
@@ -24,16 +24,7 @@ from fastkd.triton import launch, ops
 SOURCES = ("row.py", "pieces.py", "blocks.py", "kernels.py", "ends.py", "launch.py")
 
 
-class Mutant(NamedTuple):
-    """Replace `old`, which must occur in fastkd/triton/`file` exactly `times`, by `new`."""
-
-    file: str
-    old: str
-    new: str
-    times: int = 1
-
-
-MUTANTS = {
+MUTANTS = {  # files of fastkd/triton
     # masks
     "the mask of a row that begins anywhere is one column wide of it": Mutant(
         "blocks.py", "[None, :] < left[:, None]", "[None, :] <= left[:, None]"
@@ -168,9 +159,7 @@ def _planted(mutant: Mutant, folder: Path, name: str):
     for source in SOURCES:
         shutil.copy(home / source, package / source)
     path = package / mutant.file
-    text = path.read_text()
-    assert text.count(mutant.old) == mutant.times, f"{mutant.file} has {text.count(mutant.old)} times: {mutant.old}"
-    path.write_text(text.replace(mutant.old, mutant.new))
+    path.write_text(mutant.planted_in(path.read_text()))
     return importlib.import_module(f"{name}.launch")
 
 

@@ -8,13 +8,13 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from inputs import BF16, Case
+from mutants import Mutant
 from sparse_cases import SparseCase
 from test_sparse import Problem
 from triton_sparse import take
@@ -27,16 +27,7 @@ HOME = Path(sparse.__file__).parent
 SOURCES = ("sparse.py", "sparse_kernels.py", "sparse_named.py", "sparse_plan.py", "sparse_row.py")
 
 
-class Mutant(NamedTuple):
-    """Replace `old`, which must occur in fastkd/triton/sparse_`file`.py exactly `times`, by `new`."""
-
-    file: str
-    old: str
-    new: str
-    times: int = 1
-
-
-MUTANTS = {
+MUTANTS = {  # "host": sparse.py of fastkd/triton; others: sparse_*.py
     # masks
     "the mask of a load is one column wide of the row": Mutant(
         "kernels", "mask=columns < student.width, other=float(\"-inf\"))\n        s =",
@@ -201,10 +192,7 @@ def test_mutant_is_caught(name: str, problems, tmp_path: Path, monkeypatch: pyte
     file = "sparse.py" if mutant.file == "host" else f"sparse_{mutant.file}.py"
 
     def change(source: str, text: str) -> str:
-        if source != file:
-            return text
-        assert text.count(mutant.old) == mutant.times, f"{file} has {text.count(mutant.old)} times: {mutant.old}"
-        return text.replace(mutant.old, mutant.new)
+        return mutant.planted_in(text) if source == file else text
 
     with pytest.raises((AssertionError, RuntimeError)):
         _check_planted(change, problems, tmp_path, f"sparse_mutant_{list(MUTANTS).index(name)}", monkeypatch)
